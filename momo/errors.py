@@ -1,0 +1,52 @@
+"""The errors momo raises on purpose.
+
+Every one is a `MomoError`. The command line prints it as one short message and exits with code 2; any other
+exception is a bug in momo and exits with code 1.
+"""
+
+from __future__ import annotations
+
+
+class MomoError(Exception):
+    """An error the user can act on.
+
+    The message always has the same order: what was wrong, the value seen, the rule, what to do next.
+
+    Args:
+        what: What was wrong, without a final full stop.
+        seen: The value, path or list that was seen.
+        rule: What holds for a valid value.
+        fix: What the user can do next.
+    """
+
+    def __init__(self, what: str, *, seen: object = None, rule: str | None = None, fix: str | None = None) -> None:
+        self.what, self.seen, self.rule, self.fix = what, seen, rule, fix
+        message = what
+        if seen is not None:
+            message += f": {seen}"
+        message += "."
+        if rule:
+            message += f" Rule: {rule.rstrip('.')}."
+        if fix:
+            message += f" Next: {fix.rstrip('.')}."
+        super().__init__(message)
+
+
+class ConfigError(MomoError):
+    """A configuration key or value is wrong, or a needed package is not installed."""
+
+
+class DataError(MomoError):
+    """A product, corpus or labelled dataset is missing, damaged or not what it says it is."""
+
+
+class CheckpointError(MomoError):
+    """A run, checkpoint or weights file is missing, incomplete, damaged or of another shape."""
+
+
+class MergeError(MomoError):
+    """Checkpoints cannot be selected or merged together."""
+
+
+class EvalError(MomoError):
+    """An evaluation cannot be carried out or its results cannot be read."""
