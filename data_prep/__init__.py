@@ -1,0 +1,1 @@
+"""Raw products to CORPUS: GDAL readers, tiles, splits, shards, and the synthetic demo world."""

@@ -1,0 +1,1 @@
+"""Evaluation on labelled Mars datasets, and the report page."""

@@ -1,0 +1,1 @@
+"""Checkpoint selection (EVL) and model merging."""
