@@ -107,10 +107,14 @@ def _read_yaml(path: Path) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.load(path)) or {}
     except FileNotFoundError:
-        raise ConfigError("the configuration file does not exist", seen=path, fix="check the path after --config") from None
+        raise ConfigError(
+            "the configuration file does not exist", seen=path, fix="check the path after --config"
+        ) from None
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ConfigError("the configuration file cannot be read", seen=f"{path}: {reason}", rule="it is YAML") from error
+        raise ConfigError(
+            "the configuration file cannot be read", seen=f"{path}: {reason}", rule="it is YAML"
+        ) from error
 
 
 def nested_schema(annotation: Any) -> type | None:

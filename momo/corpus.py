@@ -1,12 +1,12 @@
 """CORPUS: WebDataset shards of tiles with a manifest, an index and statistics; reading side.
 
-    manifest.json          sensor, tile size, dtype, codec, splits, shards with sha256, fingerprint (see `Manifest`)
-    index.parquet          one row a tile (see `INDEX_COLUMNS`)
-    stats.json             mean, std and percentiles over the valid training pixels, in physical units
-    shards/<split>-000000.tar
-        <key>.png          the tile, lossless 8 or 16 bit
-        <key>.json         provenance and the stretch: physical value = stored value * scale + offset
-        <key>.valid.png    255 where measured, 0 elsewhere; only where some pixel is invalid
+manifest.json          sensor, tile size, dtype, codec, splits, shards with sha256, fingerprint (see `Manifest`)
+index.parquet          one row a tile (see `INDEX_COLUMNS`)
+stats.json             mean, std and percentiles over the valid training pixels, in physical units
+shards/<split>-000000.tar
+    <key>.png          the tile, lossless 8 or 16 bit
+    <key>.json         provenance and the stretch: physical value = stored value * scale + offset
+    <key>.valid.png    255 where measured, 0 elsewhere; only where some pixel is invalid
 """
 
 from __future__ import annotations
@@ -204,7 +204,9 @@ class Corpus:
         try:
             return decode_sample(raw)
         except (tarfile.TarError, KeyError, OSError, ValueError) as error:
-            raise DataError("a tile cannot be decoded", seen=f"{where}: {error}", fix="check the corpus's hashes") from error
+            raise DataError(
+                "a tile cannot be decoded", seen=f"{where}: {error}", fix="check the corpus's hashes"
+            ) from error
 
     def _descriptor(self, shard: int) -> int:
         # Keyed by process, because a descriptor inherited by a forked worker must not be closed twice.
@@ -260,7 +262,9 @@ def _read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise DataError("a file of the corpus is missing", seen=path, fix="run momo prep again") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError("a file of the corpus is not JSON", seen=f"{path}: {error}", fix="run momo prep again") from None
+        raise DataError(
+            "a file of the corpus is not JSON", seen=f"{path}: {error}", fix="run momo prep again"
+        ) from None
 
 
 def _read_manifest(path: Path) -> Manifest:

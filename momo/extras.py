@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 from .errors import ConfigError
@@ -24,13 +25,24 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        missing = (error.name or module).split(".")[0]
-        fix = f'pip install "momo[{extra}]"'
-        if missing == "osgeo":
-            fix = f'run scripts/setup.sh, or install libgdal and then {fix}'
-        raise ConfigError(
-            f"the package {missing!r} cannot be imported",
-            seen=str(error),
-            rule=f"this step needs the extra {extra!r}",
-            fix=fix,
-        ) from error
+        raise _missing((error.name or module).split(".")[0], extra, str(error)) from error
+
+
+def require_installed(module: str, extra: str) -> None:
+    """Checks that an optional module is installed without importing it (some take seconds).
+
+    Raises:
+        ConfigError: The module is not installed.
+    """
+    name = module.split(".")[0]
+    if importlib.util.find_spec(name) is None:
+        raise _missing(name, extra, "not installed")
+
+
+def _missing(name: str, extra: str, reason: str) -> ConfigError:
+    fix = f'pip install "momo[{extra}]"'
+    if name == "osgeo":
+        fix = f"run scripts/setup.sh, or install libgdal and then {fix}"
+    return ConfigError(
+        f"the package {name!r} cannot be imported", seen=reason, rule=f"this step needs the extra {extra!r}", fix=fix
+    )

@@ -46,9 +46,7 @@ class Normalisation:
                 fix="take both from the corpus's stats.json",
             )
 
-    def __call__(
-        self, value_HW: npt.NDArray[np.float32], valid_HW: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.float32]:
+    def __call__(self, value_HW: npt.NDArray[np.float32], valid_HW: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
         """Scales one tile.
 
         Args:

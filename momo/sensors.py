@@ -57,3 +57,12 @@ def sensor_from_instrument(instrument: str) -> Sensor | None:
         if wanted in sensor.instrument_ids:
             return sensor
     return None
+
+
+# Okabe-Ito palette: told apart with any colour vision (Okabe and Ito 2008).
+_COLOURS = {"HiRISE": "#D55E00", "CTX": "#0072B2", "THEMIS": "#009E73"}
+
+
+def sensor_colour(name: str) -> str:
+    """Returns the colour a sensor has in every figure; grey for an unknown one."""
+    return _COLOURS.get(name, "#666666")

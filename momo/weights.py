@@ -1,7 +1,7 @@
 """WEIGHTS: a safetensors file and the card that says what it is.
 
-    <folder>/model.safetensors   tensors; the card without its own hash stands in the metadata too
-    <folder>/card.json           the card with the file's sha256; written last, so what has a card is whole
+<folder>/model.safetensors   tensors; the card without its own hash stands in the metadata too
+<folder>/card.json           the card with the file's sha256; written last, so what has a card is whole
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Card:
         data_fingerprints: Fingerprint of every corpus the weights were trained on, by sensor.
         synthetic: True when any of the training data was generated rather than measured.
         samples: Training samples seen (for a merge: None).
-        val_loss: `mean`, `stderr`, `count`, `protocol` (hash of masks, normalisation and loss) and `per_sensor`.
+        val_loss: `loss`, `stderr`, `count`, `protocol` (hash of masks, normalisation and loss) and `per_sensor`.
         parents: `role` (base or checkpoint), `name` and `sha256` of each weights file this one was made from.
         method: Merge method and its coefficients, or None.
         licence: SPDX identifier of the weights.
@@ -139,9 +139,23 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor], card: Card) -> 
     ready = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     with atomic_file(folder / TENSORS_NAME) as partial:
         save_file(ready, partial, metadata=metadata)
+        _sort_metadata(partial)
     card.sha256 = sha256_file(folder / TENSORS_NAME)
     write_json(folder / CARD_NAME, card.to_dict())
     return card.sha256
+
+
+def _sort_metadata(path: Path) -> None:
+    """Rewrites the header with sorted metadata keys: safetensors writes them in random order, and hashes must repeat."""
+    with open(path, "rb+") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise CheckpointError("the safetensors header grew", seen=path, rule="reordering keeps its length")
+        stream.seek(8)
+        stream.write(text.ljust(length))
 
 
 def load_card(path: Path, *, check_hash: bool = False) -> Card:

@@ -19,15 +19,20 @@ PICO = Architecture(size="pico", image_size=32, patch_size=8)
 
 
 def write_corpus(
-    folder: Path, *, sensor: str = "CTX", tiles: int = 24, val: int = 8, size: int = 32, dtype: str = "uint8",
-    seed: int = 0, invalid: bool = True,
+    folder: Path,
+    *,
+    sensor: str = "CTX",
+    tiles: int = 24,
+    val: int = 8,
+    size: int = 32,
+    dtype: str = "uint8",
+    seed: int = 0,
+    invalid: bool = True,
 ) -> Path:
     """Writes a corpus of smooth random tiles; every fourth has an invalid corner."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    writer = CorpusWriter(
-        folder, sensor=sensor, tile_size=size, dtype=dtype, synthetic=True, tiles_per_shard=10
-    )
+    writer = CorpusWriter(folder, sensor=sensor, tile_size=size, dtype=dtype, synthetic=True, tiles_per_shard=10)
     top = np.iinfo(dtype).max
     for number in range(tiles + val):
         ramp = np.add.outer(np.arange(size) * rng.normal(), np.arange(size) * rng.normal())
@@ -43,9 +48,18 @@ def write_corpus(
                 stored_HW=(field * top).astype(dtype),
                 valid_HW=valid,
                 meta={
-                    "product_id": f"P{number // 8}", "row": 0, "col": number * size, "gsd_m": 5.0, "crs": "",
-                    "lon": float("nan"), "lat": float("nan"), "quality": 0.5, "scale": 0.01, "offset_value": 1.0,
-                    "unit": "", "block": f"b{number // 8}",
+                    "product_id": f"P{number // 8}",
+                    "row": 0,
+                    "col": number * size,
+                    "gsd_m": 5.0,
+                    "crs": "",
+                    "lon": float("nan"),
+                    "lat": float("nan"),
+                    "quality": 0.5,
+                    "scale": 0.01,
+                    "offset_value": 1.0,
+                    "unit": "",
+                    "block": f"b{number // 8}",
                 },
             )
         )

@@ -78,9 +78,7 @@ class MaskedAutoencoder(VisionTransformer):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(
-        self, image_BCHW: torch.Tensor, valid_BHW: torch.Tensor, noise_BN: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, image_BCHW: torch.Tensor, valid_BHW: torch.Tensor, noise_BN: torch.Tensor) -> torch.Tensor:
         """Computes the reconstruction loss of each sample.
 
         Args:

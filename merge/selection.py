@@ -1,0 +1,110 @@
+"""SELECTION: one YAML file that says which checkpoint of each sensor is merged, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from momo.errors import MergeError
+from momo.files import write_text
+
+FORMAT = "momo-selection"
+FORMAT_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class Chosen:
+    """The checkpoint of one sensor.
+
+    Attributes:
+        run: RUN folder.
+        checkpoint: Checkpoint folder.
+        sha256: Hash of its tensors file.
+        samples: Training samples it has seen.
+        val_loss: Its validation loss.
+        val_stderr: Standard error of that loss; None with one tile.
+        early_stop_samples: Samples of the run's lowest validation loss.
+    """
+
+    run: str
+    checkpoint: str
+    sha256: str
+    samples: int
+    val_loss: float
+    val_stderr: float | None
+    early_stop_samples: int
+
+
+@dataclass(kw_only=True)
+class Selection:
+    """What was selected. Paths are relative to the file's folder, so a whole project folder can be moved.
+
+    Attributes:
+        rule: `evl`, `early_stop` or `last`.
+        epsilon: Largest difference between the chosen losses that counted as equal.
+        epsilon_requested: The user's epsilon; None when it came from the standard errors.
+        distance: Mean distance from the early-stopping checkpoints, in `distance_unit`.
+        base: `path` and `sha256` of the shared base.
+        sensors: Sensor name to its checkpoint.
+        rejected: Every other checkpoint with the reason.
+        notes: What a reader must know, in sentences.
+        distance_unit: `samples`.
+        format: `momo-selection`.
+        format_version: Version of this layout.
+    """
+
+    rule: str
+    epsilon: float
+    epsilon_requested: float | None
+    distance: float
+    base: dict[str, str]
+    sensors: dict[str, Chosen]
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    distance_unit: str = "samples"
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+
+    def write(self, path: Path) -> None:
+        """Writes the file in one step, with paths made relative to its folder."""
+        fields = dataclasses.asdict(self)
+        fields["base"]["path"] = os.path.relpath(fields["base"]["path"], path.parent)
+        for chosen in fields["sensors"].values():
+            for key in ("run", "checkpoint"):
+                chosen[key] = os.path.relpath(chosen[key], path.parent)
+        write_text(path, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
+
+
+def read_selection(path: Path) -> Selection:
+    """Reads a SELECTION file; its paths come back relative to the working folder.
+
+    Raises:
+        MergeError: The file is missing, not YAML, of another format, or lacks a field.
+    """
+    try:
+        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MergeError("the selection does not exist", seen=path, fix="make it with momo select") from None
+    except yaml.YAMLError as error:
+        raise MergeError("the selection is not YAML", seen=f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT or fields.get("format_version") != FORMAT_VERSION:
+        raise MergeError(
+            "this is no selection",
+            seen=path,
+            rule=f"format: {FORMAT}, format_version: {FORMAT_VERSION}",
+            fix="make it with momo select",
+        )
+    folder = Path(path).parent
+    try:
+        fields["base"]["path"] = str(folder / fields["base"]["path"])
+        for name, chosen in fields["sensors"].items():
+            chosen["run"], chosen["checkpoint"] = (str(folder / chosen[key]) for key in ("run", "checkpoint"))
+            fields["sensors"][name] = Chosen(**chosen)
+        return Selection(**fields)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise MergeError("the selection lacks a field or has an unknown one", seen=f"{path}: {error}") from None

@@ -1,0 +1,170 @@
+"""Tiles as tensors, with every random choice drawn from the tile's key."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from ..corpus import Corpus, Tile
+from ..errors import ConfigError, DataError
+from ..files import sha256_json
+from ..models.masking import augmentation_rng, mask_noise, sample_rng
+from ..normalise import Normalisation
+from .config import PretrainConfig
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The corpora of a run with their normalisation."""
+
+    corpora: list[Corpus]
+    normalisations: list[Normalisation]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the training data of the run."""
+        return sha256_json([corpus.manifest.fingerprint for corpus in self.corpora])
+
+    @functools.cached_property
+    def bounds(self) -> npt.NDArray[np.int64]:
+        """Running sum of the training tiles of the corpora, from 0."""
+        return np.cumsum([0] + [corpus.count("train") for corpus in self.corpora])
+
+    def card_sensors(self) -> list[dict[str, Any]]:
+        """Returns the entries of `Card.sensors`."""
+        entries = []
+        for corpus, normalisation in zip(self.corpora, self.normalisations, strict=True):
+            entry: dict[str, Any] = {"name": corpus.sensor, "tiles": corpus.count("train")}
+            if normalisation.policy == "sensor_zscore":
+                entry |= {"mean": normalisation.mean, "std": normalisation.std}
+            entries.append(entry)
+        return entries
+
+
+def open_sources(config: PretrainConfig, *, verify: bool) -> Sources:
+    """Opens the corpora of a run.
+
+    Args:
+        config: The job.
+        verify: Compare every shard's SHA-256.
+
+    Raises:
+        DataError: A corpus is missing, altered, or has an empty split.
+        ConfigError: Tile sizes differ, or two corpora are of one sensor.
+    """
+    corpora = [Corpus(Path(path), verify=verify) for path in config.data.corpora]
+    for corpus in corpora:
+        for split in ("train", "val"):
+            if corpus.count(split) == 0:
+                raise DataError(
+                    f"the corpus has no {split} tile",
+                    seen=corpus.path,
+                    rule="both splits are needed: validation chooses checkpoints",
+                    fix="run momo prep with another val_fraction, smaller blocks or more products",
+                )
+    sizes = {str(corpus.path): corpus.manifest.tile_size for corpus in corpora}
+    if len(set(sizes.values())) > 1:
+        raise ConfigError("the corpora have different tile sizes", seen=sizes, rule="one tile size a run")
+    sensors = [corpus.sensor for corpus in corpora]
+    if len(set(sensors)) < len(sensors):
+        raise ConfigError("two corpora are of one sensor", seen=", ".join(sensors), fix="cut them into one corpus")
+    return Sources(corpora, [_normalisation(config.data.normalisation, corpus) for corpus in corpora])
+
+
+def _normalisation(policy: str, corpus: Corpus) -> Normalisation:
+    if policy == "sensor_zscore":
+        return Normalisation(policy, mean=corpus.stats["mean"], std=corpus.stats["std"])
+    return Normalisation(policy)
+
+
+Sample = dict[str, Any]
+
+
+def to_sample(
+    tile: Tile, normalisation: Normalisation, rng: np.random.Generator, *, patches: int, in_chans: int, augment: bool
+) -> Sample:
+    """Makes one network input from a tile.
+
+    Args:
+        tile: The decoded tile.
+        normalisation: Scaling of its sensor.
+        rng: Source of the symmetry and of the mask.
+        patches: Number of patches N of the model.
+        in_chans: 1, or 3 equal channels.
+        augment: Draw one of the eight symmetries of the square; nadir images have no up.
+
+    Returns:
+        `image` (C, H, W) float32, `valid` (H, W) bool, `noise` (N,) float32, `key`.
+    """
+    image, valid = normalisation(tile.value_HW, tile.valid_HW), tile.valid_HW
+    if augment:
+        turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
+        image, valid = (np.rot90(a[:, ::-1] if mirror else a, turns) for a in (image, valid))
+    image_CHW = np.repeat(np.ascontiguousarray(image)[None], in_chans, axis=0)
+    return {
+        "image": torch.from_numpy(image_CHW),
+        "valid": torch.from_numpy(np.ascontiguousarray(valid)),
+        "noise": torch.from_numpy(mask_noise(rng, patches)),
+        "key": tile.key,
+    }
+
+
+class TrainTiles(Dataset[Sample]):
+    """Training tiles, addressed by (epoch, tile); the epoch chooses symmetry and mask."""
+
+    def __init__(self, sources: Sources, *, patches: int, in_chans: int, augment: bool, seed: int) -> None:
+        self.sources, self.patches, self.in_chans = sources, patches, in_chans
+        self.augment, self.seed = augment, seed
+
+    def __len__(self) -> int:
+        return int(self.sources.bounds[-1])
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:  # type: ignore[override]
+        epoch, index = place
+        number = int(np.searchsorted(self.sources.bounds, index, side="right")) - 1
+        tile = self.sources.corpora[number].read("train", index - int(self.sources.bounds[number]))
+        rng = augmentation_rng(tile.key, self.seed, epoch)
+        return to_sample(
+            tile,
+            self.sources.normalisations[number],
+            rng,
+            patches=self.patches,
+            in_chans=self.in_chans,
+            augment=self.augment,
+        )
+
+
+def validation_subset(corpus: Corpus, limit: int, seed: int) -> npt.NDArray[np.int64]:
+    """Returns the positions of the validation tiles used, ascending; depends on the corpus and the seed alone."""
+    count = corpus.count("val")
+    if count <= limit:
+        return np.arange(count)
+    rng = sample_rng(corpus.manifest.fingerprint, seed, "validation subset")
+    return np.sort(rng.choice(count, size=limit, replace=False))
+
+
+class ValidationTiles(Dataset[Sample]):
+    """A fixed subset of one corpus's validation tiles with masks drawn from their keys."""
+
+    def __init__(
+        self, corpus: Corpus, normalisation: Normalisation, *, patches: int, in_chans: int, limit: int, seed: int
+    ) -> None:
+        self.corpus, self.normalisation = corpus, normalisation
+        self.patches, self.in_chans, self.seed = patches, in_chans, seed
+        self.positions: Sequence[int] = validation_subset(corpus, limit, seed).tolist()
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, number: int) -> Sample:
+        tile = self.corpus.read("val", self.positions[number])
+        rng = sample_rng(tile.key, self.seed, "validation mask")
+        return to_sample(tile, self.normalisation, rng, patches=self.patches, in_chans=self.in_chans, augment=False)

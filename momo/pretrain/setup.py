@@ -1,0 +1,149 @@
+"""What a job needs before the first step, checked once in the launching process and built again in every rank."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import to_dict, to_yaml
+from ..errors import CheckpointError, ConfigError
+from ..files import write_text
+from ..models import Architecture, MaskedAutoencoder, build_mae, load_mae
+from ..runs import CONFIG_NAME
+from ..weights import Card, load_card
+from .checkpoint import check_same_run
+from .config import PretrainConfig
+from .data import Sources
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights a run starts from.
+
+    Attributes:
+        model: The autoencoder with the base's or the seed's weights.
+        parents: `Card.parents` of every checkpoint of the run.
+        synthetic: True when the base was trained on generated data.
+    """
+
+    model: MaskedAutoencoder
+    parents: list[dict[str, Any]]
+    synthetic: bool
+
+
+def resolve_architecture(config: PretrainConfig, tile_size: int) -> Architecture:
+    """Joins the base's card, the model options and the tile size into one architecture.
+
+    Raises:
+        ConfigError: An option contradicts the base, or the input is not the tile.
+        CheckpointError: The base is missing or damaged.
+    """
+    options = config.model
+    given = {
+        "size": options.size,
+        "image_size": options.image_size,
+        "patch_size": options.patch_size,
+        "in_chans": options.in_chans,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    if config.base is None:
+        architecture = Architecture(**{"image_size": tile_size, **given})
+    else:
+        architecture = Architecture.from_dict(load_card(Path(config.base)).architecture)
+        for key, value in given.items():
+            if getattr(architecture, key) != value:
+                raise ConfigError(
+                    f"model.{key} contradicts the base",
+                    seen=f"{value}, the base has {getattr(architecture, key)}",
+                    rule="a run keeps the shapes of its base, or the two cannot be merged",
+                    fix=f"leave model.{key} out, or give another base",
+                )
+    if architecture.image_size != tile_size:
+        raise ConfigError(
+            "the input size is not the tile size",
+            seen=f"image_size={architecture.image_size}, tiles of {tile_size} pixels",
+            rule="tiles are used as they are, without resampling",
+            fix=f"run momo prep with tile_size={architecture.image_size}, or use model.image_size={tile_size}",
+        )
+    return architecture
+
+
+def make_start(config: PretrainConfig, tile_size: int) -> Start:
+    """Builds the model with the weights the run starts from."""
+    options = config.model
+    architecture = resolve_architecture(config, tile_size)
+    if config.base is None:
+        model = build_mae(
+            architecture, seed=config.seed, mask_ratio=options.mask_ratio, norm_pix_loss=options.norm_pix_loss
+        )
+        return Start(model, [], False)
+    model, card = load_mae(Path(config.base), mask_ratio=options.mask_ratio, norm_pix_loss=options.norm_pix_loss)
+    if "decoder" not in card.contents:
+        raise CheckpointError("the base has no decoder", seen=config.base, rule="pretraining needs both parts")
+    return Start(model, [{"role": "base", "name": Path(config.base).name, "sha256": card.sha256}], card.synthetic)
+
+
+def make_card(config: PretrainConfig, sources: Sources, start: Start) -> Card:
+    """Makes the card that every checkpoint of the run shares."""
+    single = sources.normalisations[0].to_dict()
+    if len(sources.corpora) > 1:
+        single |= {"mean": None, "std": None}
+    return Card(
+        kind="checkpoint",
+        architecture=start.model.architecture.to_dict(),
+        contents=["encoder", "decoder"],
+        normalisation=single,
+        sensors=sources.card_sensors(),
+        data_fingerprints={corpus.sensor: corpus.manifest.fingerprint for corpus in sources.corpora},
+        synthetic=start.synthetic or any(corpus.manifest.synthetic for corpus in sources.corpora),
+        parents=start.parents,
+        licence=config.licence,
+    )
+
+
+def engine_config(config: PretrainConfig) -> dict[str, Any]:
+    """Returns DeepSpeed's configuration: the user's JSON with momo's batch arithmetic filled in.
+
+    Raises:
+        ConfigError: The file is missing or not JSON, or sets what momo fills in.
+    """
+    settings: dict[str, Any] = {"zero_optimization": {"stage": 0}}
+    if config.deepspeed is not None:
+        try:
+            settings = json.loads(Path(config.deepspeed).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError("the DeepSpeed file does not exist", seen=config.deepspeed) from None
+        except json.JSONDecodeError as error:
+            raise ConfigError("the DeepSpeed file is not JSON", seen=f"{config.deepspeed}: {error}") from None
+    filled = {
+        "train_batch_size": config.train.batch_size,
+        "train_micro_batch_size_per_gpu": config.train.batch_size // config.ranks,
+        "gradient_clipping": config.train.clip_grad,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    reserved = [key for key in (*filled, "optimizer", "scheduler", "bf16", "fp16") if key in settings]
+    if reserved:
+        raise ConfigError(
+            "the DeepSpeed file sets what momo fills in",
+            seen=", ".join(reserved),
+            rule="batch sizes, optimizer, schedule, clipping and precision come from the train options",
+            fix="remove these keys from the JSON",
+        )
+    if (stage := settings.get("zero_optimization", {}).get("stage", 0)) not in (0, 1, 2):
+        raise ConfigError("the ZeRO stage is not supported", seen=stage, rule="0, 1 or 2")
+    return settings | filled
+
+
+def store_config(config: PretrainConfig) -> None:
+    """Writes the resolved configuration into the run, or compares it with the one that is there."""
+    path = Path(config.out) / CONFIG_NAME
+    if path.is_file():
+        check_same_run(yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(config), config)
+    else:
+        write_text(path, to_yaml(config))
