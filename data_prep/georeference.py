@@ -1,0 +1,161 @@
+"""Where on Mars a pixel lies: GSD and planetocentric coordinates from a product's own CRS, never through Earth's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from momo.errors import DataError
+from momo.extras import require
+
+MARS_RADIUS_M = 3_389_500.0  # volumetric mean radius (IAU 2015)
+# Semi-major axes met in Mars products: ellipsoids, the polar radius and HiRISE's local radii.
+_MARS_SEMI_MAJOR_M = (3_365_000.0, 3_405_000.0)
+_EARTH_SEMI_MAJOR_M = (6_300_000.0, 6_420_000.0)
+
+
+@dataclass(frozen=True)
+class Georeference:
+    """Affine georeference of a raster in a Mars CRS, or none at all.
+
+    Attributes:
+        wkt: CRS as the product states it; "" without a CRS.
+        transform: GDAL geotransform, or None.
+    """
+
+    wkt: str = ""
+    transform: tuple[float, ...] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"wkt": self.wkt, "transform": self.transform}
+
+    @property
+    def located(self) -> bool:
+        """True when pixels can be placed on the ground."""
+        return bool(self.wkt) and self.transform is not None
+
+    @cached_property
+    def _crs(self) -> Any:
+        osr = require("osgeo.osr", "prep")
+        osr.UseExceptions()
+        crs = osr.SpatialReference()
+        crs.ImportFromWkt(self.wkt)
+        crs.SetAxisMappingStrategy(osr.OAMS_TRADITIONAL_GIS_ORDER)
+        return crs
+
+    @property
+    def name(self) -> str:
+        """Name of the CRS, or `no CRS`."""
+        return str(self._crs.GetName()) if self.wkt else "no CRS"
+
+    @cached_property
+    def _to_geodetic(self) -> Any:
+        """Transformation from the projected CRS to east-positive geodetic degrees on the same ellipsoid."""
+        osr = require("osgeo.osr", "prep")
+        own = osr.SpatialReference()
+        own.SetGeogCS("own", "own", "own", self._crs.GetSemiMajor(), self._crs.GetInvFlattening())
+        own.SetAxisMappingStrategy(osr.OAMS_TRADITIONAL_GIS_ORDER)
+        return osr.CoordinateTransformation(self._crs, own)
+
+    @property
+    def gsd_m(self) -> float:
+        """Ground sample distance in metres, NaN when unknown.
+
+        Nominal: exact where the projection has scale 1. In a geographic CRS it is the spacing along the meridian.
+        """
+        if not self.located:
+            return math.nan
+        assert self.transform is not None
+        _, a, b, _, d, e = self.transform
+        if self._crs.IsGeographic():
+            return math.hypot(b, e) * self._crs.GetAngularUnits() * self._crs.GetSemiMajor()
+        return math.sqrt(abs(a * e - b * d)) * self._crs.GetLinearUnits()
+
+    def lonlat(
+        self, col: npt.NDArray[np.float64], row: npt.NDArray[np.float64]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Returns planetocentric longitude (east, -180..180) and latitude of pixel coordinates, in degrees.
+
+        Args:
+            col: Pixel columns, any shape; 0 is the left edge of the first pixel.
+            row: Pixel rows, same shape.
+
+        Returns:
+            Two arrays of that shape; NaN where the projection has no ground.
+        """
+        assert self.transform is not None
+        x0, a, b, y0, d, e = self.transform
+        x, y = x0 + a * col + b * row, y0 + d * col + e * row
+        if self._crs.IsGeographic():
+            degrees = math.degrees(self._crs.GetAngularUnits())
+            sign = -1.0 if self._longitude_is_west() else 1.0
+            lon, lat = sign * x * degrees, y * degrees
+            if not self._latitude_is_planetocentric():
+                lat = self._planetocentric(lat)
+        else:
+            points = self._to_geodetic.TransformPoints(np.stack([x.ravel(), y.ravel()], axis=1).tolist())
+            table = np.asarray(points, dtype=np.float64)
+            lon, lat = (table[:, axis].reshape(x.shape) for axis in (0, 1))
+            lat = self._planetocentric(lat)
+        good = np.isfinite(lon) & np.isfinite(lat) & (np.abs(lat) <= 90.0 + 1e-9)
+        lon = np.where(good, (np.where(good, lon, 0.0) + 180.0) % 360.0 - 180.0, np.nan)
+        return lon, np.where(good, lat, np.nan)
+
+    def _planetocentric(self, geodetic: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        inverse = self._crs.GetInvFlattening()
+        if not inverse:
+            return geodetic
+        ratio = (1.0 - 1.0 / inverse) ** 2
+        angle = np.radians(geodetic)
+        return np.degrees(np.arctan2(ratio * np.sin(angle), np.cos(angle)))
+
+    def _longitude_is_west(self) -> bool:
+        osr = require("osgeo.osr", "prep")
+        return any(self._crs.GetAxisOrientation(None, axis) == osr.OAO_West for axis in (0, 1))
+
+    def _latitude_is_planetocentric(self) -> bool:
+        return any("planetocentric" in (self._crs.GetAxisName(None, axis) or "").lower() for axis in (0, 1))
+
+
+def read_georeference(dataset: Any, name: str) -> Georeference:
+    """Reads and checks the georeference of an open GDAL dataset.
+
+    Raises:
+        DataError: The CRS is Earth's or another body's, or PROJ cannot use it.
+    """
+    crs = dataset.GetSpatialRef()
+    transform = dataset.GetGeoTransform(can_return_null=True)
+    if crs is None or transform is None or not (crs.IsProjected() or crs.IsGeographic()):
+        return Georeference()
+    radius = float(crs.GetSemiMajor())
+    if not _MARS_SEMI_MAJOR_M[0] <= radius <= _MARS_SEMI_MAJOR_M[1]:
+        on_earth = _EARTH_SEMI_MAJOR_M[0] <= radius <= _EARTH_SEMI_MAJOR_M[1]
+        raise DataError(
+            "this product is on Earth" if on_earth else "this product is not on Mars",
+            seen=f"{name}: CRS {crs.GetName()!r} with semi-major axis {radius / 1000:.1f} km",
+            rule="a Mars CRS has a semi-major axis of 3365 to 3405 km",
+            fix="set the product's own Mars CRS (gdal_edit.py -a_srs IAU_2015:49900 ...), or leave it out",
+        )
+    georeference = Georeference(crs.ExportToWkt(), tuple(float(value) for value in transform))
+    middle = (np.array([dataset.RasterXSize / 2]), np.array([dataset.RasterYSize / 2]))
+    try:
+        lon, lat = georeference.lonlat(*middle)
+    except RuntimeError as error:
+        raise _unusable(name, str(error)) from None
+    if not (np.isfinite(lon).all() and np.isfinite(lat).all()):
+        raise _unusable(name, "its centre has no longitude and latitude")
+    return georeference
+
+
+def _unusable(name: str, reason: str) -> DataError:
+    return DataError(
+        "the product's CRS cannot be used",
+        seen=f"{name}: {' '.join(reason.split())}",
+        rule="PROJ can turn its coordinates into longitude and latitude",
+        fix="set a right CRS with gdal_edit.py -a_srs, or leave the product out",
+    )
