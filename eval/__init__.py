@@ -1,1 +1,29 @@
 """Evaluation on labelled Mars datasets, and the report page."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import EvalConfig
+    from .results import Result, load_results
+    from .run import evaluate
+    from .statistics import summarise
+
+# Name -> module that has it; imported on first use, so that the scores do not need what the pictures need.
+_EXPORTS = {
+    "EvalConfig": ".config",
+    "Result": ".results",
+    "evaluate": ".run",
+    "load_results": ".results",
+    "summarise": ".statistics",
+}
+
+__all__ = ["EvalConfig", "Result", "evaluate", "load_results", "summarise"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
