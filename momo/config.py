@@ -77,6 +77,7 @@ def config_from_dict(schema: type[ConfigT], values: dict[str, Any], source: str 
 
 def config_from_layers(schema: type[ConfigT], layers: Sequence[tuple[str, Any]]) -> ConfigT:
     """Merges named layers of plain values over the defaults of `schema`; see `load_config`."""
+    source = "defaults"
     try:
         config = OmegaConf.structured(schema)
         for source, values in layers:
@@ -98,7 +99,7 @@ def config_from_layers(schema: type[ConfigT], layers: Sequence[tuple[str, Any]])
         reason = " ".join(str(error).split("\n")[0].split())
         raise ConfigError(
             "a configuration value does not fit",
-            seen=f"{error.full_key or '(top level)'} in {layers[-1][0] if layers else 'defaults'}: {reason}",
+            seen=f"{error.full_key or '(top level)'} in {source}: {reason}",
             fix="see the keys and types with --show-config",
         ) from error
 

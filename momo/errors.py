@@ -21,15 +21,13 @@ class MomoError(Exception):
 
     def __init__(self, what: str, *, seen: object = None, rule: str | None = None, fix: str | None = None) -> None:
         self.what, self.seen, self.rule, self.fix = what, seen, rule, fix
-        message = what
-        if seen is not None:
-            message += f": {seen}"
-        message += "."
-        if rule:
-            message += f" Rule: {rule.rstrip('.')}."
-        if fix:
-            message += f" Next: {fix.rstrip('.')}."
-        super().__init__(message)
+        first = what if seen is None else f"{what}: {seen}"
+        parts = [first, f"Rule: {rule}" if rule else "", f"Next: {fix}" if fix else ""]
+        super().__init__(" ".join(_sentence(part) for part in parts if part))
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!", "\n")) else text + "."
 
 
 class ConfigError(MomoError):

@@ -146,7 +146,7 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor], card: Card) -> 
 
 
 def _sort_metadata(path: Path) -> None:
-    """Rewrites the header with sorted metadata keys: safetensors writes them in random order, and hashes must repeat."""
+    """Sorts the metadata keys: safetensors writes them in random order, and the file's hash must repeat."""
     with open(path, "rb+") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))

@@ -1,6 +1,5 @@
-"""The command line."""
+"""The `momo` command: one sub-command a stage, each with a configuration and a function."""
 
+from .main import main
 
-def main() -> int:
-    """Entry point (replaced below)."""
-    return 0
+__all__ = ["main"]

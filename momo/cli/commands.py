@@ -1,0 +1,111 @@
+"""The sub-commands: where each one's configuration and function live, and what its help shows.
+
+Stages are named as text and imported only when their command runs, so that `momo --help` needs nothing but momo.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command.
+
+    Attributes:
+        name: As typed.
+        summary: One line.
+        module: Module that holds schema and function.
+        schema: Name of the configuration dataclass.
+        function: Name of the function; it takes the configuration and returns the artefact's path.
+        keys: The configuration keys its help shows; the others are listed by --show-config.
+        example: A command to copy.
+    """
+
+    name: str
+    summary: str
+    module: str
+    schema: str
+    function: str
+    keys: tuple[str, ...]
+    example: str
+
+    def load(self) -> tuple[type, Callable[[Any], Path]]:
+        """Imports the stage and returns its configuration class and function."""
+        module = importlib.import_module(self.module)
+        return getattr(module, self.schema), getattr(module, self.function)
+
+
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        Command(
+            "demo",
+            "the whole way once on a small synthetic Mars, ending with a report page",
+            "momo.cli.demo",
+            "DemoConfig",
+            "demo",
+            ("out", "seed", "samples", "base_samples", "ranks"),
+            "momo demo out=demo",
+        ),
+        Command(
+            "prep",
+            "raw products -> CORPUS (tiles in WebDataset shards)",
+            "momo.data_prep",
+            "PrepConfig",
+            "prep",
+            ("products", "out", "sensor", "tile_size", "min_valid", "nodata", "val_fraction", "on_error"),
+            "momo prep products=raw/ctx sensor=CTX tile_size=224 out=corpora/ctx",
+        ),
+        Command(
+            "pretrain",
+            "CORPUS -> RUN (masked autoencoder, checkpoints with validation losses)",
+            "momo.pretrain",
+            "PretrainConfig",
+            "pretrain",
+            ("data.corpora", "out", "base", "ranks", "model.size", "train.samples", "train.batch_size",
+             "validation.every"),
+            "momo pretrain data.corpora=[corpora/ctx] base=weights/base ranks=4 out=runs/ctx",
+        ),
+        Command(
+            "select",
+            "RUNs -> SELECTION (checkpoints of equal validation loss)",
+            "momo.merge",
+            "SelectConfig",
+            "select",
+            ("runs", "out", "rule", "epsilon", "base"),
+            "momo select runs=[runs/hirise,runs/ctx,runs/themis] out=selection.yaml",
+        ),
+        Command(
+            "merge",
+            "SELECTION -> WEIGHTS (one merged model)",
+            "momo.merge",
+            "MergeConfig",
+            "merge",
+            ("selection", "out", "method", "coefficient", "base", "checkpoints"),
+            "momo merge selection=selection.yaml out=weights/momo",
+        ),
+        Command(
+            "eval",
+            "WEIGHTS -> RESULTS (probes on labelled Mars-Bench datasets)",
+            "momo.eval",
+            "EvalConfig",
+            "evaluate",
+            ("datasets", "models", "out", "seeds", "protocols.classification", "protocols.segmentation"),
+            "momo eval --config configs/eval.yaml out=results",
+        ),
+        Command(
+            "report",
+            "everything -> one HTML page with the scores and pictures",
+            "momo.eval",
+            "ReportConfig",
+            "report",
+            ("out", "results", "runs", "selection", "weights", "corpora", "datasets"),
+            "momo report results=results runs=[runs/ctx] out=report",
+        ),
+    )
+}  # fmt: skip

@@ -1,0 +1,135 @@
+"""Parsing of the command line and its exit codes: 0 done, 2 user error, 1 bug."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config import describe_options, load_config, to_yaml
+from ..errors import ConfigError, MomoError
+from ..version import __version__
+from .commands import COMMANDS, Command
+
+USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
+_WIDTH, _KEY_WIDTH = 98, 18
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process when None.
+
+    Returns:
+        The exit code: 0 done, 2 the user can mend it, 1 a bug in momo.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except MomoError as error:
+        print(f"momo: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("momo: interrupted; start the same command again to continue", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception:
+        traceback.print_exc()
+        print(f"momo: this is a bug in momo {__version__}; please report it with the lines above", file=sys.stderr)
+        return BUG
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(general_help())
+        return 0
+    if arguments[0] == "--version":
+        print(f"momo {__version__}")
+        return 0
+    command = _command(arguments[0])
+    schema, function = command.load()
+    parser = argparse.ArgumentParser(prog=f"momo {command.name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--show-config", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    parsed, unknown = parser.parse_known_args(arguments[1:])
+    if unknown:
+        raise ConfigError(
+            "unknown flag",
+            seen=" ".join(unknown),
+            rule="flags are --config, --show-config and --help; everything else is KEY=VALUE",
+            fix=f"see momo {command.name} --help",
+        )
+    if parsed.help:
+        print(command_help(command, schema))
+        return 0
+    if parsed.show_config:
+        print(_all_options(command, schema, parsed.config, parsed.overrides))
+        return 0
+    function(load_config(schema, parsed.config, parsed.overrides))
+    return 0
+
+
+def _command(name: str) -> Command:
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            "unknown command", seen=name, rule=f"one of {', '.join(COMMANDS)}", fix=f"did you mean 'momo {near}'?"
+        )
+    return COMMANDS[name]
+
+
+def general_help() -> str:
+    """Returns the text of `momo --help`."""
+    lines = [
+        f"momo {__version__}: foundation models for Mars orbital imagery",
+        "",
+        "usage: momo COMMAND [--config FILE.yaml] [KEY=VALUE ...]",
+        "",
+        *(f"  {command.name:<9} {command.summary}" for command in COMMANDS.values()),
+        "",
+        "  momo COMMAND --help          the main keys and an example",
+        "  momo COMMAND --show-config   every key with its value and meaning",
+        "",
+        "example: momo demo out=demo",
+        "exit codes: 0 done, 2 something you can mend (one line says what), 1 a bug in momo",
+    ]
+    return "\n".join(lines)
+
+
+def command_help(command: Command, schema: type) -> str:
+    """Returns the text of `momo COMMAND --help`: one screen."""
+    options = {key: (default, text) for key, default, text in describe_options(schema)}
+    lines = [
+        f"momo {command.name}: {command.summary}",
+        "",
+        f"usage: momo {command.name} [--config FILE.yaml] [--show-config] [KEY=VALUE ...]",
+        "",
+    ]
+    for key in command.keys:
+        default, text = options[key]
+        shown = text if default == "(required)" else f"{text} [{default}]"
+        indent = " " * (_KEY_WIDTH + 3)
+        lines += textwrap.wrap(shown, _WIDTH, initial_indent=f"  {key:<{_KEY_WIDTH}} ", subsequent_indent=indent)
+    if others := len(options) - len(command.keys):
+        lines.append(f"  and {others} more: momo {command.name} --show-config")
+    lines += ["", f"example: {command.example}"]
+    return "\n".join(lines)
+
+
+def _all_options(command: Command, schema: type, path: Path | None, overrides: list[str]) -> str:
+    """Lists every key with its meaning; with a file or overrides, the resolved values instead."""
+    if path is not None or overrides:
+        return to_yaml(load_config(schema, path, overrides)).rstrip()
+    lines = [f"# every key of momo {command.name}: key = default, then its meaning"]
+    for key, default, text in describe_options(schema):
+        lines += [f"{key} = {default}", f"    {text}"]
+    return "\n".join(lines)
