@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import EvalConfig
+    from .reporting import ReportConfig, report
     from .results import Result, load_results
     from .run import evaluate
     from .statistics import summarise
@@ -14,13 +15,15 @@ if TYPE_CHECKING:
 # Name -> module that has it; imported on first use, so that the scores do not need what the pictures need.
 _EXPORTS = {
     "EvalConfig": ".config",
+    "ReportConfig": ".reporting",
     "Result": ".results",
     "evaluate": ".run",
     "load_results": ".results",
+    "report": ".reporting",
     "summarise": ".statistics",
 }
 
-__all__ = ["EvalConfig", "Result", "evaluate", "load_results", "summarise"]
+__all__ = ["EvalConfig", "ReportConfig", "Result", "evaluate", "load_results", "report", "summarise"]
 
 
 def __getattr__(name: str) -> Any:
