@@ -48,7 +48,7 @@ def merge(config: MergeConfig) -> Path:
 def _open_parents(config: MergeConfig) -> tuple[Parent, list[Parent]]:
     if config.selection is None:
         assert config.base is not None
-        named = [(_label(Path(path)), Path(path), None) for path in config.checkpoints]
+        named: list[tuple[str, Path, str | None]] = [(_label(Path(p)), Path(p), None) for p in config.checkpoints]
         base = open_parent("base", "base", Path(config.base))
     else:
         selection = read_selection(Path(config.selection))

@@ -35,7 +35,11 @@ def require_installed(module: str, extra: str) -> None:
         ConfigError: The module is not installed.
     """
     name = module.split(".")[0]
-    if importlib.util.find_spec(name) is None:
+    try:
+        installed = importlib.util.find_spec(name) is not None
+    except ImportError:
+        installed = False
+    if not installed:
         raise _missing(name, extra, "not installed")
 
 

@@ -104,7 +104,7 @@ COMMANDS: dict[str, Command] = {
             "momo.eval",
             "ReportConfig",
             "report",
-            ("out", "results", "runs", "selection", "weights", "corpora", "datasets"),
+            ("out", "results", "runs", "selection", "weights", "corpora"),
             "momo report results=results runs=[runs/ctx] out=report",
         ),
     )

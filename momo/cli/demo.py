@@ -173,7 +173,6 @@ def _after_training(
             *({"name": name, "path": str(path)} for name, path in finals.items()),
         ],
         "corpora": [str(path) for path in corpora.values()],
-        "datasets": labelled,
         "out": str(out / "report"),
     }
     return [

@@ -57,13 +57,14 @@ class MaskedAutoencoder(VisionTransformer):
         self.decoder_embed = nn.Linear(widths.dim, widths.decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, widths.decoder_dim))
         self.decoder_blocks = nn.ModuleList(
-            Block(widths.decoder_dim, widths.decoder_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm_layer)
+            Block(widths.decoder_dim, widths.decoder_heads, qkv_bias=True, norm_layer=norm_layer)  # type: ignore[arg-type]
             for _ in range(widths.decoder_depth)
         )
         self.decoder_norm = norm_layer(widths.decoder_dim)
         self.decoder_pred = nn.Linear(widths.decoder_dim, architecture.patch_size**2 * architecture.in_chans)
         # Fixed sine-cosine positions, as in MOMO; they stay in the state dict and out of the optimizer.
-        self.pos_embed = nn.Parameter(_positions(side, widths.dim), requires_grad=False)
+        self.cls_token: nn.Parameter
+        self.pos_embed: nn.Parameter = nn.Parameter(_positions(side, widths.dim), requires_grad=False)
         self.decoder_pos_embed = nn.Parameter(_positions(side, widths.decoder_dim), requires_grad=False)
         self._initialise()
 
@@ -78,7 +79,9 @@ class MaskedAutoencoder(VisionTransformer):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, image_BCHW: torch.Tensor, valid_BHW: torch.Tensor, noise_BN: torch.Tensor) -> torch.Tensor:
+    def forward(  # type: ignore[override]
+        self, image_BCHW: torch.Tensor, valid_BHW: torch.Tensor, noise_BN: torch.Tensor
+    ) -> torch.Tensor:
         """Computes the reconstruction loss of each sample.
 
         Args:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -107,7 +107,7 @@ def to_sample(
     image, valid = normalisation(tile.value_HW, tile.valid_HW), tile.valid_HW
     if augment:
         turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
-        image, valid = (np.rot90(a[:, ::-1] if mirror else a, turns) for a in (image, valid))
+        image, valid = _turned(image, turns, mirror), _turned(valid, turns, mirror)
     image_CHW = np.repeat(np.ascontiguousarray(image)[None], in_chans, axis=0)
     return {
         "image": torch.from_numpy(image_CHW),
@@ -140,6 +140,13 @@ class TrainTiles(Dataset[Sample]):
             in_chans=self.in_chans,
             augment=self.augment,
         )
+
+
+_ArrayT = TypeVar("_ArrayT", bound=np.ndarray[Any, Any])
+
+
+def _turned(array_HW: _ArrayT, turns: int, mirror: bool) -> _ArrayT:
+    return cast(_ArrayT, np.rot90(array_HW[:, ::-1] if mirror else array_HW, turns))
 
 
 def validation_subset(corpus: Corpus, limit: int, seed: int) -> npt.NDArray[np.int64]:

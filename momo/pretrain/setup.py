@@ -43,7 +43,7 @@ def resolve_architecture(config: PretrainConfig, tile_size: int) -> Architecture
         CheckpointError: The base is missing or damaged.
     """
     options = config.model
-    given = {
+    given: dict[str, Any] = {
         "size": options.size,
         "image_size": options.image_size,
         "patch_size": options.patch_size,

@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 import yaml
+from momo.merge import MergeConfig, SelectConfig, average, merge, read_selection, select, task_arithmetic
 from PIL import Image
 
 from momo.errors import CheckpointError, ConfigError, DataError, MergeError
-from momo.merge import MergeConfig, SelectConfig, average, merge, read_selection, select, task_arithmetic
 from momo.models import build_mae
 from momo.weights import load_card, load_weights, save_weights
 from tests.conftest import PICO, write_weights

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import typing
+
+import pytest
+
+from momo.cli import main
+from momo.cli import main as run_cli
+from momo.cli.commands import COMMANDS
+from momo.config import describe_options, nested_schema
+
+
+def test_the_surface_is_frozen():
+    """New knobs go into the configuration; a new command or flag changes this test on purpose."""
+    assert list(COMMANDS) == ["demo", "prep", "pretrain", "select", "merge", "eval", "report"]
+
+
+def test_general_help_fits_a_screen(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS) and "example: momo demo" in out
+    assert len(out.splitlines()) <= 24 and max(map(len, out.splitlines())) <= 100
+    assert main([]) == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_help_fits_a_screen_and_shows_an_example(name, capsys):
+    assert main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"example: momo {name}" in out
+    assert len(out.splitlines()) <= 24 and max(map(len, out.splitlines())) <= 100
+
+
+def fields_of(schema):
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        inner = nested_schema(hints[field.name])
+        if inner is not None:
+            yield from fields_of(inner)
+        if not (dataclasses.is_dataclass(hints[field.name])):
+            yield schema, field
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_key_of_every_command_is_explained(name, capsys):
+    schema, _ = COMMANDS[name].load()
+    bare = [f"{owner.__name__}.{field.name}" for owner, field in fields_of(schema) if not field.metadata.get("help")]
+    assert not bare
+    keys = [key for key, _, _ in describe_options(schema)]
+    assert set(COMMANDS[name].keys) <= set(keys)
+    assert main([name, "--show-config"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n{key} = " in out for key in keys)
+
+
+def test_show_config_resolves_overrides(capsys):
+    assert main(["select", "--show-config", "runs=[a,b]", "out=s.yaml"]) == 0
+    assert "rule: evl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrian"], "unknown command: pretrian.*did you mean 'momo pretrain'"),
+        (["merge", "--force"], "unknown flag: --force"),
+        (["merge", "--config", "none.yaml"], "the configuration file does not exist: none.yaml"),
+        (["merge", "out=x", "methd=average"], "did you mean 'method'"),
+        (["select", "runs=[no,such]", "out=s.yaml"], "this is no run"),
+        (["merge", "out=x", "selection=none.yaml"], "the selection does not exist"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_2(arguments, message, capsys, tmp_path, monkeypatch):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("momo: error: ") and len(error.strip().splitlines()) == 1
+    assert re.search(message, error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bug_exits_1_and_asks_for_a_report(monkeypatch, capsys):
+    command = dataclasses.replace(COMMANDS["merge"], module="momo.version")
+    monkeypatch.setitem(COMMANDS, "merge", command)
+    assert run_cli(["merge", "out=x"]) == 1
+    assert "this is a bug in momo" in capsys.readouterr().err
+
+
+def test_interrupt_exits_130(monkeypatch, capsys):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(COMMANDS["merge"]), "load", interrupted)
+    assert main(["merge", "out=x"]) == 130
+    assert "start the same command again" in capsys.readouterr().err
+
+
+HIDING = """
+import sys
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in {hidden!r} else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
+{code}
+"""
+
+
+def run_hiding(hidden, code):
+    script = HIDING.format(hidden=hidden, code=code)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+
+
+OPTIONAL = {"deepspeed", "osgeo", "webdataset", "matplotlib", "pyarrow", "sklearn", "scipy", "tensorboard", "tqdm",
+            "jinja2", "dask"}  # fmt: skip
+
+
+def test_import_needs_only_the_core():
+    code = "import momo, momo.cli, momo.corpus, momo.runs; print(momo.build_mae, momo.cli.main(['--help']))"
+    done = run_hiding(OPTIONAL, code)
+    assert done.returncode == 0, done.stderr
+    assert "momo demo" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "hidden", "extra"),
+    [
+        (["demo"], "deepspeed", "pretrain"),
+        (["pretrain", "data.corpora=[c]", "out=r"], "deepspeed", "pretrain"),
+        (["select", "runs=[a,b]", "out=s.yaml"], "matplotlib", "eval"),
+        (["prep", "products=[p]", "out=c"], "osgeo", "prep"),
+    ],
+)
+def test_a_missing_extra_is_one_line(command, hidden, extra, tmp_path):
+    code = f"import os; os.chdir({str(tmp_path)!r}); from momo.cli import main; sys.exit(main({command!r}))"
+    done = run_hiding({hidden}, code)
+    assert done.returncode == 2, done.stderr
+    assert f"the package '{hidden}' cannot be imported" in done.stderr
+    assert f'pip install "momo[{extra}]"' in done.stderr
+    assert not list(tmp_path.iterdir())
