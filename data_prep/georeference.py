@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ MARS_RADIUS_M = 3_389_500.0  # volumetric mean radius (IAU 2015)
 # Semi-major axes met in Mars products: ellipsoids, the polar radius and HiRISE's local radii.
 _MARS_SEMI_MAJOR_M = (3_365_000.0, 3_405_000.0)
 _EARTH_SEMI_MAJOR_M = (6_300_000.0, 6_420_000.0)
+_EQUATORIAL_M, _POLAR_M = 3_396_190.0, 3_376_200.0  # Mars ellipsoid of HiRISE and ISIS products (IAU 2000 and 2015)
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,16 @@ class Georeference:
         return any("planetocentric" in (self._crs.GetAxisName(None, axis) or "").lower() for axis in (0, 1))
 
 
-def read_georeference(dataset: Any, name: str) -> Georeference:
+def read_georeference(dataset: Any, name: str, messages: Sequence[str] = ()) -> tuple[Georeference, list[str]]:
     """Reads and checks the georeference of an open GDAL dataset.
+
+    Args:
+        dataset: The dataset.
+        name: File name for messages.
+        messages: What GDAL and PROJ said meanwhile, when somebody collects it; used when an error is silent.
+
+    Returns:
+        The georeference, and notes on what was mended in it.
 
     Raises:
         DataError: The CRS is Earth's or another body's, or PROJ cannot use it.
@@ -131,7 +141,7 @@ def read_georeference(dataset: Any, name: str) -> Georeference:
     crs = dataset.GetSpatialRef()
     transform = dataset.GetGeoTransform(can_return_null=True)
     if crs is None or transform is None or not (crs.IsProjected() or crs.IsGeographic()):
-        return Georeference()
+        return Georeference(), []
     radius = float(crs.GetSemiMajor())
     if not _MARS_SEMI_MAJOR_M[0] <= radius <= _MARS_SEMI_MAJOR_M[1]:
         on_earth = _EARTH_SEMI_MAJOR_M[0] <= radius <= _EARTH_SEMI_MAJOR_M[1]
@@ -141,15 +151,40 @@ def read_georeference(dataset: Any, name: str) -> Georeference:
             rule="a Mars CRS has a semi-major axis of 3365 to 3405 km",
             fix="set the product's own Mars CRS (gdal_edit.py -a_srs IAU_2015:49900 ...), or leave it out",
         )
+    crs, notes = _mended_parallel(crs)
     georeference = Georeference(crs.ExportToWkt(), tuple(float(value) for value in transform))
     middle = (np.array([dataset.RasterXSize / 2]), np.array([dataset.RasterYSize / 2]))
     try:
         lon, lat = georeference.lonlat(*middle)
     except RuntimeError as error:
-        raise _unusable(name, str(error)) from None
+        raise _unusable(name, str(error) or " ".join(messages[-1:])) from None
     if not (np.isfinite(lon).all() and np.isfinite(lat).all()):
         raise _unusable(name, "its centre has no longitude and latitude")
-    return georeference
+    return georeference, notes
+
+
+def _mended_parallel(crs: Any) -> tuple[Any, list[str]]:
+    """Mends the equirectangular CRS of older HiRISE JPEG 2000 files (GDAL ticket 2706).
+
+    They give the latitude of true scale as the latitude of origin, which moves the scene by that latitude. Such a
+    file is known for certain by its sphere: it has the ellipsoid's radius at exactly that latitude (HiRISE
+    DSMAP.CAT: x = R (lon - lon0) cos(lat_p), y = R lat, R the local radius at lat_p).
+    """
+    origin = crs.GetProjParm("latitude_of_origin", 0.0)
+    if "equirectangular" not in (crs.GetAttrValue("PROJECTION") or "").lower() or origin == 0.0:
+        return crs, []
+    angle = math.radians(origin)
+    local = _EQUATORIAL_M * _POLAR_M / math.hypot(_POLAR_M * math.cos(angle), _EQUATORIAL_M * math.sin(angle))
+    is_sphere_of_origin = abs(crs.GetSemiMajor() - local) < 0.1 and crs.GetInvFlattening() == 0.0
+    if not is_sphere_of_origin or crs.GetProjParm("standard_parallel_1", 0.0) != 0.0:
+        return crs, []
+    mended = crs.Clone()
+    mended.SetProjParm("standard_parallel_1", origin)
+    mended.SetProjParm("latitude_of_origin", 0.0)
+    return mended, [
+        f"its CRS gives the standard parallel {origin:g} as latitude of origin (older HiRISE JP2 files do): "
+        f"mended, or it would lie {abs(origin):g} degrees off"
+    ]
 
 
 def _unusable(name: str, reason: str) -> DataError:

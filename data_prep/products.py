@@ -164,7 +164,7 @@ def inspect(
         pixels = _band(dataset, source, band)
         dtype = _NUMPY[gdal_module().GetDataTypeName(pixels.DataType)]
         label = read_label(dataset)
-        georeference = read_georeference(dataset, source.name)
+        georeference, moved = read_georeference(dataset, source.name, messages)
         lines, notes = _mend_lines(dataset, name, label)
         validity, more = _validity(dataset, pixels, dtype, label, nodata)
         own_gsd = georeference.gsd_m
@@ -186,7 +186,7 @@ def inspect(
             gsd_m=own_gsd if math.isfinite(own_gsd) else (gsd_m or math.nan),
             licence=licence,
             lines=lines,
-            notes=(*notes, *more, *(f"GDAL says: {text}" for text in dict.fromkeys(messages))),
+            notes=(*notes, *moved, *more, *(f"GDAL says: {text}" for text in dict.fromkeys(messages))),
         )
 
 

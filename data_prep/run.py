@@ -96,9 +96,10 @@ def prep(config: PrepConfig, report: Report = print) -> Path:
             synthetic=config.synthetic,
             tiles_per_shard=config.tiles_per_shard,
         )
-        entries = _write(writer, ready, config, grid, splits, skipper, report)
-        notes = {"skipped": skipper.skipped, "block_side_m": grid.side_m, "forced_blocks": splits.forced}
-        manifest = writer.finish(products=entries, prep=to_dict(config) | notes, licence=config.licence)
+        with writer:
+            entries = _write(writer, ready, config, grid, splits, skipper, report)
+            notes = {"skipped": skipper.skipped, "block_side_m": grid.side_m, "forced_blocks": splits.forced}
+            manifest = writer.finish(products=entries, prep=to_dict(config) | notes, licence=config.licence)
     kinds = sorted({(r.product.dtype, r.product.scale, r.product.offset_value) for r in ready})
     if len(kinds) > 1:
         report(

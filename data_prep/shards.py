@@ -91,8 +91,52 @@ class PixelStatistics:
         }
 
 
+_INDEX_TEXT = frozenset({"key", "split", "shard", "product_id", "sensor", "crs", "unit", "block"})
+_INDEX_WHOLE = frozenset({"offset", "nbytes", "row", "col", "size"})
+_INDEX_ROWS = 16384
+
+
+class IndexFile:
+    """Writes `index.parquet` group by group, so that memory does not grow with the number of tiles.
+
+    Args:
+        path: File to write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._pyarrow, self._parquet = require("pyarrow", "prep"), require("pyarrow.parquet", "prep")
+        text, whole, real = self._pyarrow.string(), self._pyarrow.int64(), self._pyarrow.float64()
+        self._schema = self._pyarrow.schema(
+            (name, text if name in _INDEX_TEXT else whole if name in _INDEX_WHOLE else real) for name in INDEX_COLUMNS
+        )
+        self._path = path
+        self._file: Any = None
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Appends one row with the columns of `momo.corpus.INDEX_COLUMNS`."""
+        self._rows.append(row)
+        if len(self._rows) >= _INDEX_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._file is None:
+            self._file = self._parquet.ParquetWriter(self._path, self._schema)
+        self._file.write_table(self._pyarrow.Table.from_pylist(self._rows, schema=self._schema))
+        self._rows.clear()
+
+    def close(self) -> None:
+        """Writes what is left; closing twice does nothing."""
+        if self._rows:
+            self._flush()
+        if self._file is not None:
+            self._file.close()
+
+
 class CorpusWriter:
     """Writes a corpus into a folder that the caller publishes (see `momo.files.atomic_folder`).
+
+    As a context manager it closes its files when the work in it fails.
 
     Args:
         folder: Existing, empty folder.
@@ -111,7 +155,7 @@ class CorpusWriter:
         self._wds_writer = require("webdataset.writer", "prep").TarWriter
         self._open: dict[str, _OpenShard] = {}
         self._shards: list[ShardEntry] = []
-        self._rows: list[dict[str, Any]] = []
+        self._index = IndexFile(folder / "index.parquet")
         self._keys: set[str] = set()
         self._statistics = PixelStatistics()
         (folder / "shards").mkdir()
@@ -138,7 +182,7 @@ class CorpusWriter:
             "size": self.tile_size,
             "valid_fraction": float(tile.valid_HW.mean()),
         }
-        self._rows.append(row)
+        self._index.add(row)
         if tile.split == "train":
             stored = tile.stored_HW[tile.valid_HW].astype(np.float32)
             self._statistics.add(stored * np.float32(tile.meta["scale"]) + np.float32(tile.meta["offset_value"]))
@@ -187,6 +231,15 @@ class CorpusWriter:
         path = self.folder / "shards" / shard.entry.name
         shard.entry.bytes, shard.entry.sha256 = path.stat().st_size, sha256_file(path)
 
+    def __enter__(self) -> CorpusWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Closes what is still open; after `finish` nothing is."""
+        for split in list(self._open):
+            self._close(split)
+        self._index.close()
+
     def finish(self, *, products: Sequence[dict[str, Any]], prep: dict[str, Any], licence: str) -> Manifest:
         """Closes the shards and writes index, statistics and, last, the manifest.
 
@@ -203,12 +256,12 @@ class CorpusWriter:
         if self._statistics.count == 0:
             raise DataError(
                 "the corpus would have no training tile",
-                seen=f"{len(self._rows)} tiles in all",
+                seen=f"{len(self._keys)} tiles in all",
                 rule="at least one training tile with a valid pixel",
                 fix="lower prep's min_valid or tile_size, or give more products",
             )
         shards = sorted(self._shards, key=lambda shard: shard.name)
-        self._write_index()
+        self._index.close()
         write_json(self.folder / "stats.json", self._statistics.to_dict())
         manifest = Manifest(
             sensor=self.sensor,
@@ -226,11 +279,6 @@ class CorpusWriter:
         )
         write_json(self.folder / "manifest.json", asdict(manifest))
         return manifest
-
-    def _write_index(self) -> None:
-        pyarrow = require("pyarrow", "prep")
-        columns = {name: [row[name] for row in self._rows] for name in INDEX_COLUMNS}
-        require("pyarrow.parquet", "prep").write_table(pyarrow.table(columns), self.folder / "index.parquet")
 
 
 def _png(pixels: npt.NDArray[Any]) -> bytes:

@@ -92,7 +92,8 @@ def write_pds3(path: Path, image: np.ndarray, *, prefix=0, suffix=0, labelled_su
         "OBJECT = IMAGE", f"  LINES = {height}", f"  LINE_SAMPLES = {width}", "  SAMPLE_BITS = 8",
         "  SAMPLE_TYPE = MSB_UNSIGNED_INTEGER", f"  MISSING_CONSTANT = {missing}",
         f"  LINE_PREFIX_BYTES = {prefix}",
-        f"  LINE_SUFFIX_BYTES = {suffix if labelled_suffix is None else labelled_suffix}", "END_OBJECT = IMAGE", "END", "",
+        f"  LINE_SUFFIX_BYTES = {suffix if labelled_suffix is None else labelled_suffix}",
+        "END_OBJECT = IMAGE", "END", "",
     ])  # fmt: skip
     rng = np.random.default_rng(0)
     lines = [rng.bytes(prefix) + row.tobytes() + rng.bytes(suffix) for row in image]

@@ -5,8 +5,8 @@ import pickle
 
 import numpy as np
 import pytest
-
 from momo.data_prep.georeference import Georeference, read_georeference
+
 from momo.errors import DataError
 from tests.data_prep.products import ELLIPSOID, gdal, mars_crs, osr, write_raster
 
@@ -64,8 +64,33 @@ def test_off_the_map_is_nan():
 
 
 def test_without_crs_nothing_is_known(tmp_path):
-    plain = read_georeference(gdal.Open(str(write_raster(tmp_path / "a.tif", np.zeros((2, 2), np.uint8)))), "a")
-    assert plain == Georeference() and math.isnan(plain.gsd_m) and plain.name == "no CRS" and not plain.located
+    plain, notes = read_georeference(gdal.Open(str(write_raster(tmp_path / "a.tif", np.zeros((2, 2), np.uint8)))), "a")
+    assert (
+        notes == []
+        and plain == Georeference()
+        and math.isnan(plain.gsd_m)
+        and plain.name == "no CRS"
+        and not plain.located
+    )
+
+
+@pytest.mark.parametrize(("radius", "is_mended"), [(3396036.8126024, True), (3396190.0, False)])
+def test_parallel_of_older_hirise_files_is_mended(tmp_path, radius, is_mended):
+    """Radius and coordinates are those of PSP_001892_1715_COLOR, whose scene lies near 8.2 degrees south."""
+    crs = mars_crs(body=(radius, 0.0))
+    crs.SetProjParm("latitude_of_origin", -5.0)
+    path = write_raster(tmp_path / "a.tif", np.zeros((2, 2), np.uint8), driver="GTiff", crs=crs,
+                        transform=(5633625.875, 0.25, 0, -488784.875, 0, -0.25))  # fmt: skip
+    dataset = gdal.Open(str(path))
+    assert dataset.GetSpatialRef().GetProjParm("latitude_of_origin", 0.0) == -5.0
+    geo, notes = read_georeference(dataset, "a.tif")
+    lat = math.degrees(-488784.875 / radius)
+    lon = math.degrees(5633625.875 / radius)
+    if is_mended:
+        assert place(geo, 0.0, 0.0) == pytest.approx((lon / math.cos(math.radians(5.0)), lat), abs=1e-6)
+        assert "mended, or it would lie 5 degrees off" in notes[0]
+    else:
+        assert place(geo, 0.0, 0.0) == pytest.approx((lon, lat - 5.0), abs=1e-6) and notes == []
 
 
 def test_crs_that_proj_cannot_use_is_an_error(tmp_path):
