@@ -146,7 +146,7 @@ def blur(image_HW: Float32, sigma: float) -> Float32:
     for axis in (0, 1):
         padded = np.pad(image_HW, [(3, 3) if a == axis else (0, 0) for a in (0, 1)], mode="edge")
         length = image_HW.shape[axis]
-        image_HW = sum(  # type: ignore[assignment]
+        image_HW = sum(
             (tap * np.take(padded, range(k, k + length), axis=axis) for k, tap in enumerate(taps)),
             start=np.zeros_like(image_HW),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from momo.config import option, positive
+from momo.config import option
 from momo.errors import ConfigError
 
 LANDFORM_CLASSES = ("cones", "crater", "dunes", "layered", "polygons", "rough", "smooth")
@@ -26,7 +26,6 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         self.out = Path(self.out)
-        positive(tile_size=self.tile_size, products=self.products, crater_density=self.crater_density)
         _within("seed", self.seed, 0, 2**63 - 1)
         _within("tile_size", self.tile_size, 32, 512)
         _within("products", self.products, 1, 20)

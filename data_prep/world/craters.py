@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .noise import Float32, Float64, Grid, fade, hash_uniform, smoothstep
+from .noise import Float32, Float64, Grid, fade, hash_cells, smoothstep, uniform
 
 SMALLEST_M = 2.0
 OCTAVES = 14  # 2 m to 32 km
@@ -45,20 +46,18 @@ class Craters:
     def __len__(self) -> int:
         return len(self.x)
 
-    def where(self, keep: npt.NDArray[np.bool_]) -> Craters:
-        """Returns the craters selected by a boolean array."""
+    def where(self, keep: npt.NDArray[Any]) -> Craters:
+        """Returns the craters selected, and ordered, by a boolean or index array."""
         return Craters(*(getattr(self, field.name)[keep] for field in fields(self)))
 
     @classmethod
     def join(cls, parts: list[Craters]) -> Craters:
-        """Returns one catalogue, largest craters first."""
-        merged = [np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)]
-        order = np.lexsort((merged[0], -merged[2]))
-        return cls(*(column[order] for column in merged))
+        """Returns one catalogue."""
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
-# Probability that a crater at (x, y) with that diameter outlived resurfacing.
-Retention = Callable[[Float64, Float64, float], Float64]
+# Probability that craters at (x, y) with those diameters outlived resurfacing.
+Retention = Callable[[Float64, Float64, Float64], Float64]
 
 
 def craters_in(
@@ -82,46 +81,52 @@ def craters_in(
         smallest_m: Leave out smaller craters.
         retention: Chance of survival; None keeps all.
         reach: Widening of the window, in radii of the crater.
+
+    Returns:
+        The catalogue, largest craters first.
     """
-    parts = []
+    parts, draws = [], []
     for octave in range(OCTAVES):
         low = SMALLEST_M * 2.0**octave
-        if 2 * low < smallest_m:
-            continue
-        found = _octave(seed, octave, low, bounds, density, reach, retention)
-        parts.append(found.where(found.diameter >= smallest_m))
-    return Craters.join(parts)
+        if 2 * low >= smallest_m:
+            found, draw = _octave(seed, octave, low, bounds, density, reach, smallest_m)
+            parts.append(found)
+            draws.append(draw)
+    craters, draw = Craters.join(parts), np.concatenate(draws)
+    if retention is not None and len(craters):
+        kept = draw < retention(craters.x, craters.y, craters.diameter)
+        craters = craters.where(kept)
+    return craters.where(np.lexsort((craters.x, -craters.diameter)))
 
 
 def _octave(
     seed: int, octave: int, low: float, bounds: tuple[float, float, float, float], density: float, reach: float,
-    retention: Retention | None,
-) -> Craters:
+    smallest_m: float,
+) -> tuple[Craters, Float64]:
+    """Lists the craters of diameters `low` to twice that, and a uniform number for each that decides its survival."""
     cell = _CELL_IN_DIAMETERS * low
     margin = low * reach
     first_x, last_x = (int(np.floor(edge / cell)) for edge in (bounds[0] - margin, bounds[2] + margin))
     first_y, last_y = (int(np.floor(edge / cell)) for edge in (bounds[1] - margin, bounds[3] + margin))
     cy, cx = (a.ravel() for a in np.mgrid[first_y : last_y + 1, first_x : last_x + 1])
     expected = 0.75 * density * _CELL_IN_DIAMETERS**2  # N(>low) - N(>2 low), times the cell's area
-    draw = hash_uniform(seed, _CHANNEL + octave, cx, cy, -1)
+    draw = uniform(hash_cells(seed, _CHANNEL + octave, cx, cy), 0)
     count = np.searchsorted(_poisson_cdf(expected), draw, side="right")
-    slot = np.concatenate([np.arange(n) for n in count if n]) if count.any() else np.zeros(0, dtype=np.int64)
+    slot = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     cx, cy = np.repeat(cx, count), np.repeat(cy, count)
-
-    def uniform(number: int) -> Float64:
-        return hash_uniform(seed, _CHANNEL + octave, cx, cy, slot, number)
-
-    x, y = (cx + uniform(0)) * cell, (cy + uniform(1)) * cell
-    diameter = low / np.sqrt(1 - 0.75 * uniform(2))  # inverse of the truncated power law
-    oval, angle = 0.07 * uniform(4), 2 * np.pi * uniform(5)
-    found = Craters(
-        x, y, diameter, uniform(3), oval * np.cos(angle), oval * np.sin(angle), 0.05 * (uniform(6) - 0.5)
-    )
+    state = hash_cells(seed, _CHANNEL + octave, cx, cy, slot)
+    x, y = (cx + uniform(state, 1)) * cell, (cy + uniform(state, 2)) * cell
+    diameter = low / np.sqrt(1 - 0.75 * uniform(state, 3))  # inverse of the truncated power law
     reach_m = diameter / 2 * reach
-    near = (x > bounds[0] - reach_m) & (x < bounds[2] + reach_m) & (y > bounds[1] - reach_m) & (y < bounds[3] + reach_m)
-    if retention is not None and near.any():
-        near[near] = uniform(7)[near] < retention(x[near], y[near], low * np.sqrt(2.0))
-    return found.where(near)
+    near = diameter >= smallest_m
+    near &= (x > bounds[0] - reach_m) & (x < bounds[2] + reach_m)
+    near &= (y > bounds[1] - reach_m) & (y < bounds[3] + reach_m)
+    x, y, diameter, state = x[near], y[near], diameter[near], state[near]
+    oval, angle = 0.07 * uniform(state, 5), 2 * np.pi * uniform(state, 6)
+    found = Craters(
+        x, y, diameter, uniform(state, 7), oval * np.cos(angle), oval * np.sin(angle), 0.05 * uniform(state, 8) - 0.025
+    )
+    return found, uniform(state, 4)
 
 
 def _poisson_cdf(expected: float) -> Float64:

@@ -22,18 +22,21 @@ from .noise import (
     Grid,
     Int64,
     fade,
-    hash_uniform,
+    hash_cells,
     interpolate,
     lattice_noise,
     resample,
     smoothstep,
     spline_weights,
+    uniform,
+    uniform_of,
 )
 
 BAND_SCALES_M = (16.0, 96.0, 576.0)
 PATCH_IN_SCALES = 16.0
+_PATCH_RIM = (0.1, 1.3)  # a patch fades in between these distances from its edge, in feature scales
 KINDS = ("plains", "dunes", "cones", "polygons", "rough", "layered")
-_KIND_EDGES = (0.2, 0.38, 0.56, 0.7, 0.86)  # cumulative shares of KINDS
+_KIND_EDGES = (0.22, 0.39, 0.57, 0.71, 0.86)  # cumulative shares of KINDS
 # kind -> (roughness of the fine relief, albedo factor, thermal inertia in J m-2 K-1 s-1/2, crater retention)
 _TRAITS = {
     "plains": (0.45, 1.0, 190.0, 1.0),
@@ -133,17 +136,29 @@ class Ground:
             Kind, weight (0 at the patch's edge, 1 well inside) and the patch's cell (..., 2).
         """
         cell, edge = self._nearest_patch(x, y, band)
-        return self._kinds(cell, band), smoothstep(edge, 0.1, 1.3), cell
+        return np.asarray(KINDS)[self._kind_number(cell, band)], smoothstep(edge, *_PATCH_RIM), cell
 
-    def _kinds(self, cell: Int64, band: int) -> npt.NDArray[np.str_]:
-        draw = hash_uniform(self.seed, 200 + band, cell[..., 0], cell[..., 1], 2)
-        return np.asarray(KINDS)[np.searchsorted(_KIND_EDGES, draw, side="right")]
+    def relief_share(self, grid: Grid, band: int, steeper_than: float = 0.06) -> float:
+        """Returns the share of a raster where one band's landforms alone are steeper than a slope (rise over run)."""
+        height, sand, *_ = self._terrain_at(grid, band)
+        slope = np.hypot(*np.gradient(height + sand, np.float32(grid.gsd_m)))
+        return float((slope > steeper_than).mean())
 
-    def _retention(self, x: Float64, y: Float64, diameter: float) -> Float64:
-        band = int(np.argmin(np.abs(np.log(np.asarray(BAND_SCALES_M) / diameter))))
-        kind, weight, _ = self.kind_at(x, y, band)
-        kept = np.asarray([_TRAITS[name][3] for name in KINDS])[[KINDS.index(name) for name in kind]]
-        return 1 - weight * (1 - kept)
+    def _kind_number(self, cell: Int64, band: int) -> Int64:
+        draw = uniform(hash_cells(self.seed, 200 + band, cell[..., 0], cell[..., 1]), 2)
+        return np.searchsorted(_KIND_EDGES, draw, side="right")
+
+    def _retention(self, x: Float64, y: Float64, diameter: Float64) -> Float64:
+        """Returns the chance that craters survived in the terrain of the scale nearest to their own."""
+        nearest = np.abs(np.log(np.asarray(BAND_SCALES_M)[:, None] / diameter)).argmin(axis=0)
+        by_kind = np.asarray([_TRAITS[name][3] for name in KINDS])
+        chance = np.ones(len(x))
+        for band in range(len(BAND_SCALES_M)):
+            here = nearest == band
+            if here.any():
+                cell, edge = self._nearest_patch(x[here], y[here], band)
+                chance[here] = 1 - smoothstep(edge, *_PATCH_RIM) * (1 - by_kind[self._kind_number(cell, band)])
+        return chance
 
     def _nearest_patch(self, x: Float64, y: Float64, band: int) -> tuple[Int64, Float64]:
         """Returns the cell of the nearest patch seed and the distance to the patch's edge in feature scales."""
@@ -151,28 +166,30 @@ class Ground:
         size = PATCH_IN_SCALES * scale
         px, py = self._bent(x, y, band, size)
         cx, cy = np.floor(px).astype(np.int64), np.floor(py).astype(np.int64)
+        low_x, low_y = int(cx.min()) - 1, int(cy.min()) - 1
+        columns, rows = np.arange(low_x, int(cx.max()) + 2), np.arange(low_y, int(cy.max()) + 2)
+        seed_x, seed_y = (s.ravel() for s in self._patch_seed(columns[None, :], rows[:, None], band))
+        flat = (cy - low_y) * len(columns) + (cx - low_x)
+        owner = flat.copy()
         first = np.full(px.shape, np.inf)
         second = first.copy()
-        nearest = np.zeros((*px.shape, 2), dtype=np.int64)
-        for step_y in (-1, 0, 1):
-            for step_x in (-1, 0, 1):
-                column, row = cx + step_x, cy + step_y
-                sx, sy = self._patch_seed(column, row, band)
-                distance = np.hypot(px - sx, py - sy)
-                closer = distance < first
-                second = np.where(closer, first, np.minimum(second, distance))
-                first = np.where(closer, distance, first)
-                nearest[closer, 0], nearest[closer, 1] = column[closer], row[closer]
+        for step in (dy * len(columns) + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)):
+            index = flat + step
+            distance = np.hypot(px - seed_x[index], py - seed_y[index])
+            closer = distance < first
+            second = np.where(closer, first, np.minimum(second, distance))
+            first = np.where(closer, distance, first)
+            owner = np.where(closer, index, owner)
+        nearest = np.stack((columns[owner % len(columns)], rows[owner // len(columns)]), axis=-1)
         return nearest, (second - first) / 2 * PATCH_IN_SCALES
 
     def _patch_seed(self, column: Int64, row: Int64, band: int) -> tuple[Float64, Float64]:
-        sx = column + 0.5 + 0.7 * (hash_uniform(self.seed, 200 + band, column, row, 0) - 0.5)
-        sy = row + 0.5 + 0.7 * (hash_uniform(self.seed, 200 + band, column, row, 1) - 0.5)
-        return sx, sy
+        cells = hash_cells(self.seed, 200 + band, column, row)
+        return column + 0.5 + 0.7 * (uniform(cells, 0) - 0.5), row + 0.5 + 0.7 * (uniform(cells, 1) - 0.5)
 
     def _bent(self, x: Float64, y: Float64, band: int, size: float) -> tuple[Float64, Float64]:
         # Sines rather than noise: cheap at scattered points, and enough to hide that patch edges are straight.
-        shift = 7.0 * band + 100.0 * hash_uniform(self.seed, 200 + band, 0).item()
+        shift = 7.0 * band + 100.0 * uniform_of(self.seed, 200 + band)
         px, py = x / size, y / size
         bend_x = 0.09 * np.sin(5.1 * py + 1.7 * px + shift) + 0.035 * np.sin(13.0 * py - 6.0 * px + 2 * shift)
         bend_y = 0.09 * np.sin(4.7 * px - 1.9 * py + 3 * shift) + 0.035 * np.sin(12.0 * px + 7.0 * py + shift)
@@ -226,9 +243,9 @@ class Ground:
             columns = _reached(first_column, np.flatnonzero(own_weight.any(axis=0)))
             if rows.start >= rows.stop or columns.start >= columns.stop:
                 continue
-            sx, sy = self._patch_seed(np.asarray(column), np.asarray(row), band)
+            sx, sy = self._patch_seed(np.asarray([column]), np.asarray([row]), band)
             kind = str(kinds[mine][0])
-            patch = Patch(self.seed, band, (column, row), kind, (float(sx) * size, float(sy) * size), scale)
+            patch = Patch(self.seed, band, (column, row), kind, (float(sx[0]) * size, float(sy[0]) * size), scale)
             here = interpolate(own_weight, first_row[rows], wy[:, rows], first_column[columns], wx[:, columns])
             yield patch, (rows, columns), here
 

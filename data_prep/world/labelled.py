@@ -35,6 +35,7 @@ _CELLS_ACROSS = 40
 _MOST_ROWS = 2000
 _WITH_CRATER = 0.8  # share of segmentation images that hold a crater
 _TILES_PER_PATCH = 4
+_LEAST_RELIEF = 0.07  # share of a landform image that its landform must shape
 _BAND = 1  # the feature scale a CTX-like tile resolves
 _GSD_M = CAMERAS["CTX"].gsd_m
 
@@ -110,7 +111,8 @@ def _find(
             return found
         bounds = (float(wests[0]), float(norths.min()) - side, float(wests[-1]) + side, float(norths.max()))
         craters = ground.craters(bounds, SMALLEST_MASKED_PX * _GSD_M)
-        for x, y, label in zip(wests, norths, classify(craters, wests, norths), strict=True):
+        wanted = set(+missing)
+        for x, y, label in zip(wests, norths, classify(craters, wests, norths, wanted), strict=True):
             if label and missing[label] > 0:
                 missing[label] -= 1
                 found.append(Spot(float(x), float(y), label))
@@ -164,7 +166,7 @@ def _write_craters(config: WorldConfig, ground: Ground, origin: float, folder: P
     root, size = folder / CRATER_SET, config.tile_size
     side = size * _GSD_M
 
-    def classify(craters: Craters, wests: Any, norths: Any) -> list[str]:
+    def classify(craters: Craters, wests: Any, norths: Any, wanted: set[str]) -> list[str]:
         labels = []
         for west, north in zip(wests, norths, strict=True):
             near = _touching(craters, west, north, side)
@@ -243,8 +245,8 @@ class LandformFinder:
         self.ground, self.side = ground, size * _GSD_M
         self._taken: Counter[tuple[int, int]] = Counter()
 
-    def __call__(self, craters: Craters, wests: Any, norths: Any) -> list[str]:
-        """Returns a class name, or an empty string, for each square."""
+    def __call__(self, craters: Craters, wests: Any, norths: Any, wanted: set[str]) -> list[str]:
+        """Returns a wanted class name, or an empty string, for each square."""
         share = np.linspace(0, 1, 6)
         x = wests[:, None, None] + share[None, None, :] * self.side + 0 * share[None, :, None]
         y = norths[:, None, None] - share[None, :, None] * self.side + 0 * share[None, None, :]
@@ -254,14 +256,10 @@ class LandformFinder:
         for n, (west, north) in enumerate(zip(wests, norths, strict=True)):
             near = _touching(craters, west, north, self.side)
             coarse_plain = ((coarse_kind[n] == "plains") | (coarse_weight[n] < 0.15)).all()
-            buried = ((coarse_kind[n] == "dunes") & (coarse_weight[n] > 0.15)).any()
+            # Coarse dunes bury the finer landforms; coarse troughs and ridges outshine them.
+            buried = (np.isin(coarse_kind[n], ("dunes", "polygons", "rough")) & (coarse_weight[n] > 0.15)).any()
             label = self._label(near, kind[n], weight[n], bool(coarse_plain), bool(buried), west, north)
-            patch = (int(cell[n, 3, 3, 0]), int(cell[n, 3, 3, 1]))
-            if label and label != "crater":
-                self._taken[patch] += 1
-                if self._taken[patch] > _TILES_PER_PATCH:
-                    label = ""
-            labels.append(label)
+            labels.append(label if label in wanted and self._admit(label, west, north, cell[n, 3, 3]) else "")
         return labels
 
     def _label(
@@ -283,6 +281,19 @@ class LandformFinder:
         name = str(kind[3, 3])
         pure = ((kind == name) & (weight > 0.5)).mean() > 0.85
         return name if pure and name != "plains" and not buried else ""
+
+    def _admit(self, label: str, west: float, north: float, cell: Any) -> bool:
+        """Checks that the landform shapes enough of the square and that its patch was not cut too often."""
+        if label == "crater":
+            return True
+        if label != "smooth":
+            pixels = round(self.side / _GSD_M)
+            grid = Grid.of(west, north, _GSD_M, pixels, pixels)
+            if self.ground.relief_share(grid, _BAND) < _LEAST_RELIEF:
+                return False
+        patch = (int(cell[0]), int(cell[1]))
+        self._taken[patch] += 1
+        return self._taken[patch] <= _TILES_PER_PATCH
 
 
 def _entry(spot: Spot, size: int, sun: Sun, name: str, split: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .noise import Float32, Float64, Grid, hash_uniform, lattice_noise, smoothstep
+from .noise import Float32, Float64, Grid, hash_cells, lattice_noise, smoothstep, uniform, uniform_of
 
 _TAN_SLIP = 0.6  # tangent of the slip face's angle, 31 degrees
 
@@ -39,11 +39,11 @@ class Patch:
 
     def vary(self, number: int, low: float, high: float) -> float:
         """Returns a number between `low` and `high` that is the patch's own."""
-        return low + (high - low) * float(hash_uniform(self.seed, 300 + self.band, *self.cell, number))
+        return low + (high - low) * uniform_of(self.seed, 300 + self.band, *self.cell, number)
 
     def channel(self, number: int) -> int:
         """Returns a noise channel that is the patch's own."""
-        return int(hash_uniform(self.seed, 400 + self.band, *self.cell, number) * 2**40) + 10_000
+        return int(uniform_of(self.seed, 400 + self.band, *self.cell, number) * 2**40) + 10_000
 
 
 Relief = tuple[Float32, Float32]
@@ -136,8 +136,9 @@ def polygons(grid: Grid, patch: Patch) -> Relief:
     low_x, low_y = int(cx.min()) - 1, int(cy.min()) - 1
     columns, rows = np.arange(low_x, cx.max() + 2)[None, :], np.arange(low_y, cy.max() + 2)[:, None]
     own = patch.channel(1)
-    seed_x = (columns + 0.5 + jitter * (hash_uniform(patch.seed, own, columns, rows, 0) - 0.5)).astype(np.float32)
-    seed_y = (rows + 0.5 + jitter * (hash_uniform(patch.seed, own, columns, rows, 1) - 0.5)).astype(np.float32)
+    cells = hash_cells(patch.seed, own, columns, rows)
+    seed_x = (columns + 0.5 + jitter * (uniform(cells, 0) - 0.5)).astype(np.float32)
+    seed_y = (rows + 0.5 + jitter * (uniform(cells, 1) - 0.5)).astype(np.float32)
     flat = (cy - low_y) * seed_x.shape[1] + (cx - low_x)
     nearest = np.full(grid.shape, 9.0, dtype=np.float32)
     second = nearest.copy()
@@ -186,7 +187,7 @@ def layered(grid: Grid, patch: Patch) -> Relief:
     rise = smoothstep(base - bed, 1 - patch.vary(5, 0.25, 0.5), 1.0)
     height = (rise + bed - base) * np.float32(0.16 * step)
     low = int(bed.min())
-    strength = hash_uniform(patch.seed, patch.channel(2), np.arange(low, int(bed.max()) + 1))
+    strength = uniform(hash_cells(patch.seed, patch.channel(2), np.arange(low, int(bed.max()) + 1)), 0)
     tone = strength[(bed - low).astype(np.int64)].astype(np.float32)
     return height, (1 + patch.vary(6, 0.05, 0.2) * (2 * tone - 1) * (1 - rise)).astype(np.float32)
 
@@ -198,8 +199,8 @@ def _scattered(
     west, south, east, north = grid.bounds
     columns = np.arange(np.floor((west - margin) / cell), np.floor((east + margin) / cell) + 1).astype(np.int64)
     rows = np.arange(np.floor((south - margin) / cell), np.floor((north + margin) / cell) + 1).astype(np.int64)
-    own = patch.channel(20)
-    draws = [hash_uniform(patch.seed, own, columns[None, :], rows[:, None], n) for n in range(5)]
+    cells = hash_cells(patch.seed, patch.channel(20), columns[None, :], rows[:, None])
+    draws = [uniform(cells, number) for number in range(5)]
     x: Float64 = (columns[None, :] + 0.5 + 0.8 * (draws[1] - 0.5)) * cell
     y: Float64 = (rows[:, None] + 0.5 + 0.8 * (draws[2] - 0.5)) * cell
     keep = draws[0] < share

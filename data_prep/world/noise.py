@@ -63,26 +63,55 @@ class Grid:
         return Grid(columns * step_m, rows * step_m, step_m)
 
 
-def hash_uniform(seed: int, *keys: Any) -> Float64:
-    """Hashes integers to uniform numbers in 0..1 (splitmix64 finaliser, folded over the keys).
+def hash_cells(seed: int, *keys: Any) -> npt.NDArray[np.uint64]:
+    """Hashes integer keys that broadcast together into one state an element; see `uniform`.
 
     Args:
         seed: Seed of the world.
-        keys: Integers or integer arrays that broadcast together.
+        keys: Integers or integer arrays.
     """
-    with np.errstate(over="ignore"):
-        state = np.full((1,), seed, dtype=np.uint64)
-        for key in keys:
-            step = np.asarray(key).astype(np.int64).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-            state = _mix(state * np.uint64(0xD1342543DE82EF95) + step)
-    shape = np.broadcast_shapes(*(np.shape(key) for key in keys))
-    return ((state >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(shape)
+    state: Any = seed
+    for key in keys:
+        if isinstance(key, int) and isinstance(state, int):
+            state = _mix_int(state * _SPREAD + key + _STEP)
+            continue
+        if isinstance(state, int):
+            state = np.asarray([state & _MASK], dtype=np.uint64)
+        added = [key & _MASK] if isinstance(key, int) else key
+        state = _mix(state * np.uint64(_SPREAD) + np.asarray(added).astype(np.uint64) + np.uint64(_STEP))
+    return np.asarray(state, dtype=np.uint64)
+
+
+def uniform(state: npt.NDArray[np.uint64], number: int) -> Float64:
+    """Draws the `number`-th uniform number in 0..1 of each hashed state."""
+    mixed = _mix(np.atleast_1d(state) * np.uint64(_SPREAD) + np.uint64((number + _STEP) & _MASK))
+    return ((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(state.shape)
+
+
+def uniform_of(seed: int, *keys: int) -> float:
+    """Hashes plain integers to one uniform number in 0..1."""
+    state = seed
+    for key in keys:
+        state = _mix_int(state * _SPREAD + key + _STEP)
+    return float((state >> 11) * 2.0**-53)
+
+
+_MASK = 2**64 - 1
+_SPREAD, _STEP = 0xD1342543DE82EF95, 0x9E3779B97F4A7C15
 
 
 def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Mixes bits by the finaliser of splitmix64 (Steele, Lea and Flood 2014)."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def _mix_int(z: int) -> int:
+    z &= _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
 
 
 def spline_weights(t: Float64) -> Float32:
@@ -146,7 +175,8 @@ def lattice_noise(
     row, ty = _cell(grid.y_H, spacing * stretch[1])
     columns = np.arange(column.min() - 1, column.max() + 3)
     rows = np.arange(row.min() - 1, row.max() + 3)
-    lattice = hash_uniform(seed, channel, rows[:, None], columns[None, :]) * (2 / _SPLINE_RMS) - 1 / _SPLINE_RMS
+    lattice = uniform(hash_cells(seed, channel, rows[:, None], columns[None, :]), 0) * 2 - 1
+    lattice /= _SPLINE_RMS
     return interpolate(
         lattice.astype(np.float32), row - 1 - rows[0], spline_weights(ty), column - 1 - columns[0], spline_weights(tx)
     )
