@@ -197,7 +197,8 @@ def pooled_features(
 def depth_indices(encoder: VisionTransformer, depths: int) -> list[int]:
     """Returns `depths` evenly spaced block indices, the last block among them (all blocks when there are fewer)."""
     blocks = len(encoder.blocks)
-    return sorted({round((step + 1) * blocks / depths) - 1 for step in range(min(depths, blocks))} | {blocks - 1})
+    depths = min(depths, blocks)
+    return [round((step + 1) * blocks / depths) - 1 for step in range(depths)]
 
 
 def patch_tokens(encoder: VisionTransformer, image_BCHW: torch.Tensor, depths: int) -> torch.Tensor:
@@ -212,7 +213,7 @@ def patch_tokens(encoder: VisionTransformer, image_BCHW: torch.Tensor, depths: i
         depths: How many blocks are read.
 
     Returns:
-        Shape (B, depths * D, h, w) with h = ceil(H / patch).
+        Shape (B, h, w, depths * D) with h = ceil(H / patch).
     """
     indices = depth_indices(encoder, depths)
     maps = encoder.forward_intermediates(image_BCHW, indices=indices, intermediates_only=True, output_fmt="NLC")
@@ -220,4 +221,4 @@ def patch_tokens(encoder: VisionTransformer, image_BCHW: torch.Tensor, depths: i
     normed = [
         functional.layer_norm(tokens_BND, tokens_BND.shape[-1:]) for tokens_BND in cast("list[torch.Tensor]", maps)
     ]
-    return torch.cat(normed, dim=2).transpose(1, 2).unflatten(2, grid).contiguous()
+    return torch.cat(normed, dim=2).unflatten(1, grid)

@@ -31,8 +31,8 @@ Masks = list[npt.NDArray[np.uint8]]
 class TokenDecoder(nn.Module):
     """Turns patch tokens into class scores for every pixel.
 
-    Two 3x3 convolutions look around on the patch grid, a 1x1 convolution writes the pixels of each patch (pixel
-    shuffle), and a 3x3 convolution at full size joins the patches. Nearly all arithmetic stays on the coarse grid.
+    A 3x3 convolution looks around on the patch grid, a linear layer writes the pixels of each patch (pixel shuffle),
+    and a 3x3 convolution at full size joins the patches. Nearly all arithmetic stays on the coarse grid.
 
     Args:
         channels: Channels D of the tokens.
@@ -43,32 +43,26 @@ class TokenDecoder(nn.Module):
 
     def __init__(self, channels: int, patch_size: int, classes: int, width: int) -> None:
         super().__init__()
-        fine = 8
-        groups = math.gcd(width, 8)
-        self.context = nn.Sequential(
-            nn.Conv2d(channels, width, 1),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(groups, width),
-            nn.GELU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(groups, width),
-            nn.GELU(),
-        )
-        self.paint = nn.Sequential(nn.Conv2d(width, fine * patch_size**2, 1), nn.PixelShuffle(patch_size), nn.GELU())
-        self.classify = nn.Conv2d(fine, classes, 3, padding=1)
+        fine = max(4, classes)
+        self.project = nn.Sequential(nn.Linear(channels, width), nn.LayerNorm(width), nn.GELU())
+        self.context = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GELU())
+        self.paint = nn.Linear(width, fine * patch_size**2)
+        self.classify = nn.Sequential(nn.PixelShuffle(patch_size), nn.GELU(), nn.Conv2d(fine, classes, 3, padding=1))
 
-    def forward(self, token_BDhw: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    def forward(self, token_BhwD: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Decodes tokens.
 
         Args:
-            token_BDhw: Patch tokens.
+            token_BhwD: Patch tokens.
             size: Height and width of the image; what the encoder padded at right and bottom is cut off.
 
         Returns:
             Logits of shape (B, C, H, W).
         """
-        logits_BCHW = self.classify(self.paint(self.context(token_BDhw)))
-        return logits_BCHW[..., : size[0], : size[1]]
+        grid_BWhw = self.project(token_BhwD).permute(0, 3, 1, 2)
+        grid_BWhw = grid_BWhw + self.context(grid_BWhw)
+        pixels = self.paint(grid_BWhw.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.classify(pixels)[..., : size[0], : size[1]]
 
 
 def segmentation_loss(logits_BCHW: torch.Tensor, mask_BHW: torch.Tensor) -> torch.Tensor:
@@ -111,10 +105,10 @@ class TokenSource:
             with torch.no_grad():
                 batches = same_size_batches(samples, prepared, batch_size)
                 tokens = (patch_tokens(encoder, image_BCHW.to(self.device), depths) for _, image_BCHW in batches)
-                self._tokens = [token for token_BDhw in tokens for token in token_BDhw.cpu()]
+                self._tokens = [token for token_BhwD in tokens for token in token_BhwD.cpu()]
 
     def tokens(self, indices: Sequence[int], encoder: VisionTransformer | None = None) -> torch.Tensor:
-        """Returns the tokens of images of one size, (B, D, h, w).
+        """Returns the tokens of images of one size, (B, h, w, D).
 
         Args:
             indices: Positions in `samples`.
@@ -212,7 +206,7 @@ def _fit(
     groups: list[dict[str, Any]] = [{"params": list(decoder.parameters()), "lr": rate}]
     if encoder is not None:
         groups.append({"params": list(encoder.parameters()), "lr": rate * config.encoder_lr_scale})
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, config.steps))
     looks = {round(config.steps * (look + 1) / config.validations) for look in range(config.validations)} | {
         config.steps
@@ -247,7 +241,7 @@ def _new_decoder(
     source: TokenSource, config: DecoderConfig, classes: int, seed: int
 ) -> tuple[TokenDecoder, VisionTransformer | None]:
     encoder = source.encoder
-    channels = encoder.embed_dim * min(config.depths, len(encoder.blocks))
+    channels = encoder.embed_dim * min(source.depths, len(encoder.blocks))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = TokenDecoder(channels, encoder.patch_embed.patch_size[0], classes, config.width).to(source.device)

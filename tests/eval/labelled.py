@@ -45,9 +45,7 @@ def write_annotation(folder: Path, rows: list[list[object]]) -> None:
         writer.writerows(rows)
 
 
-def disc_pair(
-    rng: np.random.Generator, height: int, width: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+def disc_pair(rng: np.random.Generator, height: int, width: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """A bright disc on dark noise, and its mask."""
     row, column = np.mgrid[:height, :width]
     radius = rng.uniform(0.15, 0.3) * min(height, width)
