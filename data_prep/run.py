@@ -29,6 +29,8 @@ from .split import BlockGrid, SplitRule, balanced
 from .tiling import cut_tiles, window_count, window_footprints
 
 Report = Callable[[str], None]
+_MIXED_UNITS = 20.0  # ratio of product means from which on they can hardly share a unit
+_CACHE_BYTES = 256 << 20  # holds one row of blocks of the widest HiRISE scenes
 
 
 @dataclass
@@ -71,7 +73,8 @@ def prep(config: PrepConfig, report: Report = print) -> Path:
         ConfigError: A setting is wrong, or GDAL is not installed.
         DataError: A product is bad (see `on_error`), none is left, or the output exists. Nothing is written then.
     """
-    gdal_module()
+    # GDAL would keep blocks up to 5 % of the machine's memory.
+    gdal_module().SetCacheMax(min(_CACHE_BYTES, gdal_module().GetCacheMax()))
     started = time.perf_counter()
     out = Path(config.out)
     with atomic_folder(out) as folder:
@@ -98,14 +101,9 @@ def prep(config: PrepConfig, report: Report = print) -> Path:
         )
         with writer:
             entries = _write(writer, ready, config, grid, splits, skipper, report)
+            _report_mixed_units(entries, report)
             notes = {"skipped": skipper.skipped, "block_side_m": grid.side_m, "forced_blocks": splits.forced}
             manifest = writer.finish(products=entries, prep=to_dict(config) | notes, licence=config.licence)
-    kinds = sorted({(r.product.dtype, r.product.scale, r.product.offset_value) for r in ready})
-    if len(kinds) > 1:
-        report(
-            f"  note: the products differ in pixel type or scale ({', '.join(f'{t} x {s:g}' for t, s, _ in kinds)}): "
-            "stats.json mixes their units, so normalise per tile (not sensor_zscore)"
-        )
     _report_totals(manifest, out, len(entries), len(skipper.skipped), time.perf_counter() - started, report)
     if config.val_fraction > 0 and manifest.splits["val"] == 0:
         report(
@@ -252,13 +250,14 @@ def _write(
         for item in ready:
             kept: Counter[str] = Counter()
             dropped: Counter[str] = Counter()
-            damage = None
+            damage, level = None, 0.0
             try:
                 for tile in cut_tiles(
                     item.product, item.encoding, config, dtype=writer.dtype, grid=grid, splits=splits, dropped=dropped
                 ):
                     writer.add(tile)
                     kept[tile.split] += 1
+                    level += float(tile.stored_HW.mean(where=tile.valid_HW))
                     bar.update()
             except DataError as error:
                 skipper.bad(item.product.source, error)
@@ -266,8 +265,20 @@ def _write(
             bar.update(window_count(item.product, config) - kept.total())
             if damage is None or kept:
                 _report_product(item, writer.sensor, kept, dropped, report)
-                entries.append(_entry(item, kept, dropped, damage))
+                mean = level / max(1, kept.total()) * item.encoding.scale + item.encoding.offset_value
+                entries.append(_entry(item, kept, dropped, damage) | {"mean": mean if kept else None})
     return entries
+
+
+def _report_mixed_units(entries: list[dict[str, Any]], report: Report) -> None:
+    """Says when products have so different levels that they can hardly share a unit, say I/F and raw counts."""
+    means = {entry["source"]: abs(entry["mean"]) for entry in entries if entry["mean"]}
+    if means and max(means.values()) > _MIXED_UNITS * min(means.values()):
+        low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+        report(
+            f"  note: products of different units? Means from {means[low]:.4g} ({low}) to {means[high]:.4g} ({high}): "
+            "stats.json mixes them, so normalise per tile (not sensor_zscore)"
+        )
 
 
 def _report_product(item: _Ready, sensor: str, kept: Counter[str], dropped: Counter[str], report: Report) -> None:
