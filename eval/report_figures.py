@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from momo.extras import require
 from momo.sensors import SENSORS, sensor_colour
 
@@ -101,17 +103,23 @@ def _fewer_colours(png: bytes) -> bytes:
 Loss = tuple[float, float | None]
 
 
-def _curve(axes: Any, samples: Sequence[int], points: Sequence[Loss], sensor: str, label: str) -> None:
-    loss = [point[0] for point in points]
-    low = [point[0] - (point[1] or 0) for point in points]
-    high = [point[0] + (point[1] or 0) for point in points]
+def _curve(
+    axes: Any, samples: Sequence[int], points: Sequence[Loss], sensor: str, label: str, *, bars: bool = False
+) -> None:
+    """Draws losses with their standard errors, as a shaded band or as bars (for a few points that overlap)."""
+    loss = np.array([point[0] for point in points])
+    stderr = np.array([point[1] or 0.0 for point in points])
     colour = sensor_colour(sensor)
-    axes.fill_between(samples, low, high, color=colour, alpha=0.18, linewidth=0)
+    if bars:
+        axes.errorbar(samples, loss, stderr, fmt="none", ecolor=colour, elinewidth=1.2, capsize=3, alpha=0.6)
+    else:
+        axes.fill_between(samples, loss - stderr, loss + stderr, color=colour, alpha=0.18, linewidth=0)
     marker = "." if len(samples) <= 40 else None
     axes.plot(samples, loss, color=colour, linestyle=_sensor_style(sensor), linewidth=1.6, marker=marker, label=label)
 
 
 def _thousands(axes: Any) -> None:
+    axes.locator_params(axis="x", nbins=6)
     axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
     axes.set_xlabel("training samples seen")
 
@@ -130,13 +138,13 @@ def selection_plots(runs: list[Run], selection: Selection) -> list[Picture]:
     The band is as high as epsilon and centred on the picks: under the EVL rule all picks lie inside it.
     """
     picks = "; ".join(f"{p.sensor} at {p.samples} samples with loss {p.val_loss:.4f}" for p in selection.picks.values())
-    caption = "Star: picked; triangle: early stop (lowest loss); square: last. Shaded: one standard error."
+    caption = "Star: picked; triangle: early stop (lowest loss); square: last. Shaded or bars: one standard error."
     if selection.epsilon is not None:
         caption += " Yellow band: its height is epsilon; the picks lie inside it."
     pictures = []
     for name, words in (("selection", "Whole runs"), ("selection-near", "Near the picks")):
         with _axes(4.6, 3.5) as (figure, axes):
-            _draw_selection(axes, runs, selection)
+            _draw_selection(axes, runs, selection, bars=name == "selection-near")
             if name == "selection-near":
                 _zoom(axes, runs, selection)
             figure.legend(loc="outside upper center", ncols=4, handlelength=2.0, columnspacing=1.2)
@@ -146,7 +154,7 @@ def selection_plots(runs: list[Run], selection: Selection) -> list[Picture]:
     return pictures
 
 
-def _draw_selection(axes: Any, runs: list[Run], selection: Selection) -> None:
+def _draw_selection(axes: Any, runs: list[Run], selection: Selection, *, bars: bool) -> None:
     if selection.epsilon is not None:
         losses = [pick.val_loss for pick in selection.picks.values()]
         middle, half = (max(losses) + min(losses)) / 2, selection.epsilon / 2
@@ -157,7 +165,7 @@ def _draw_selection(axes: Any, runs: list[Run], selection: Selection) -> None:
         hollow = {"mfc": "white", "mec": colour, "mew": 1.4}
         if (run := run_of_pick(pick, runs)) is not None:
             points = [_loss_of(point, sensor) for point in run.val]
-            _curve(axes, [point.samples for point in run.val], points, sensor, sensor)
+            _curve(axes, [point.samples for point in run.val], points, sensor, sensor, bars=bars)
             axes.plot(run.last.samples, points[-1][0], "s", ms=8.5, zorder=4, **hollow)
             if (stop := _loss_at(run, pick.early_stop_samples, sensor)) is not None:
                 axes.plot(pick.early_stop_samples, stop, "v", ms=7, zorder=5, **hollow)
@@ -170,17 +178,23 @@ def _draw_selection(axes: Any, runs: list[Run], selection: Selection) -> None:
 
 
 def _zoom(axes: Any, runs: list[Run], selection: Selection) -> None:
-    """Limits the axes to the samples from the first pick or early stop on, and to the losses there."""
+    """Limits the axes to the samples around the first pick or early stop and later, and to the losses there."""
     picks = selection.picks.values()
     first = min(min(pick.samples, pick.early_stop_samples) for pick in picks)
     last = max(pick.samples for pick in picks)
+    # Three validations before the earliest pick show where the curves come from.
+    before = sorted(
+        {p.samples for pick in picks if (run := run_of_pick(pick, runs)) for p in run.val if p.samples < first}
+    )
+    first = before[-3:][0] if before else first
     losses = [pick.val_loss for pick in picks]
     for pick in picks:
         if (run := run_of_pick(pick, runs)) is not None:
             last = max(last, run.last.samples)
-            losses += [_loss_of(point, pick.sensor)[0] for point in run.val if point.samples >= first]
+            near = [_loss_of(point, pick.sensor) for point in run.val if point.samples >= first]
+            losses += [loss + sign * (stderr or 0) for loss, stderr in near for sign in (-1, 1)]
     middle, half = (max(losses) + min(losses)) / 2, (max(losses) - min(losses)) / 2
-    half = max(half, (selection.epsilon or 0) / 2, 1e-6) * 1.25
+    half = max(half, (selection.epsilon or 0) / 2, 1e-6) * 1.1
     room = max(last - first, 1) * 0.08
     axes.set_xlim(first - room, last + room)
     axes.set_ylim(middle - half, middle + half)
@@ -220,7 +234,7 @@ def run_plot(run: Run) -> Picture:
         alt=f"Training and validation loss of run {run.name}: validation starts at {run.val[0].loss:.3f} and is "
         f"lowest, {best.loss:.3f}, at {best.samples} samples",
         caption=f"{run.name}: lowest validation loss {with_error(best.loss, best.stderr)} "
-        f"at {short_count(best.samples)} samples, {best.count} tiles scored.",
+        f"at {best.samples:,} samples, {best.count} tiles scored.",
     )
 
 

@@ -151,7 +151,7 @@ def tile_mosaic(corpus: Corpus, *, count: int, seed: int) -> Gallery:
         share = float(tile.valid_HW.mean())
         if np.isfinite(gsd_m := float(tile.meta.get("gsd_m") or "nan")):
             gsds.append(gsd_m)
-        note = "" if share == 1 else f"{share:.0%} valid"
+        note = "" if share == 1 else f"{share:.1%} valid" if share > 0.99 else f"{share:.0%} valid"
         product = tile.meta.get("product_id", "unknown product")
         alt = f"{corpus.manifest.sensor} tile of {product}, {share:.0%} of its pixels valid"
         panels.append(

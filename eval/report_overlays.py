@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
 
+from momo.errors import EvalError
+from momo.normalise import Normalisation
+
+from .config import DatasetConfig
+from .datasets import open_dataset
+from .features import Preparation
 from .metrics import confusion_counts, score
+from .pictures import write_examples
 from .report_figures import slug
 from .report_images import Bytes_HW3, Gallery, Panel, fit, resize_nearest, to_png
 from .results import Examples, Result, load_examples
@@ -48,13 +57,16 @@ def draw_classes(image_HW: npt.NDArray[np.uint8], mask_HW: npt.NDArray[np.uint8]
     return shown
 
 
-def overlays(results: list[Result], *, models: list[str], count: int, missing: list[str]) -> list[Gallery]:
+def overlays(
+    results: list[Result], *, models: list[str], count: int, folders: dict[str, Path], missing: list[str]
+) -> list[Gallery]:
     """Builds one gallery for each segmentation dataset and protocol, at the lowest seed and full label budget.
 
     Args:
         results: All runs.
         models: Which models to show, in this order; names without a run are skipped.
         count: Images shown.
+        folders: Labelled dataset folders by name, for datasets whose example images are not with the results.
         missing: One line is appended for each dataset without example images or kept masks.
     """
     tests: dict[tuple[str, str], dict[str, Result]] = defaultdict(dict)
@@ -66,17 +78,41 @@ def overlays(results: list[Result], *, models: list[str], count: int, missing: l
         shown = [by_model[model] for model in models if model in by_model]
         if not shown:
             continue
-        root = shown[0].root
-        assert root is not None
-        if not (root / "examples" / f"{dataset}.npz").is_file():
-            missing.append(f"{dataset}: the RESULTS folder has no example images, so its masks are not shown.")
+        examples = _examples(shown[0], folders.get(dataset))
+        if examples is None:
+            missing.append(
+                f"{dataset}: no segmentation is shown, because the RESULTS folder has no example images and `datasets` "
+                "does not name its folder."
+            )
             continue
-        gallery = _gallery(dataset, protocol, shown, load_examples(root, dataset), count)
+        gallery = _gallery(dataset, protocol, shown, examples, count)
         if gallery is None:
             missing.append(f"{dataset}: no predicted masks were kept for the example images.")
         else:
             galleries.append(gallery)
     return galleries
+
+
+def _examples(run: Result, folder: Path | None) -> Examples | None:
+    """Returns the example images of a run's dataset: those with the results, else cut anew from its folder."""
+    assert run.root is not None
+    if (run.root / "examples" / f"{run.dataset}.npz").is_file():
+        return load_examples(run.root, run.dataset)
+    if folder is None:
+        return None
+    config = DatasetConfig(path=str(folder), name=run.dataset, train_subset=run.train_subset)
+    dataset = open_dataset(config, report=lambda line: None)
+    if dataset.fingerprint != run.dataset_fingerprint:
+        raise EvalError(
+            "a labelled dataset is not the one that was evaluated",
+            seen=f"{folder} has fingerprint {dataset.fingerprint[:12]}...",
+            rule=f"the results of {run.dataset} say {run.dataset_fingerprint[:12]}...",
+            fix="correct datasets in the configuration, or evaluate again",
+        )
+    prepared = Preparation(Normalisation(), "each image", 1, run.image_size, dataset.bands)
+    with TemporaryDirectory() as scratch:
+        write_examples(Path(scratch), dataset, prepared, len(run.load_predictions().masks()))
+        return load_examples(Path(scratch), run.dataset)
 
 
 def _gallery(dataset: str, protocol: str, runs: list[Result], examples: Examples, count: int) -> Gallery | None:

@@ -25,6 +25,7 @@ from .report_tables import (
     comparison_sentence,
     join_words,
     rank_models,
+    signed,
     summary_sentences,
 )
 
@@ -145,7 +146,7 @@ def _environment(*, html: bool) -> Any:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    environment.filters.update(data_uri=data_uri, colour=sensor_colour, cell=markdown_cell)
+    environment.filters.update(data_uri=data_uri, colour=sensor_colour, cell=markdown_cell, signed=signed)
     return environment
 
 

@@ -100,25 +100,7 @@ def model_table(weights: dict[str, tuple[Card, str]], results: list[Result]) -> 
         if key in cards:
             rows.append(_card_row(", ".join(labels), cards[key]))
             continue
-        result = bare[key]
-        if result.weights is None:
-            how = "random initialisation, seeded" if result.provenance == "rerun" else "copied"
-            rows.append([", ".join(labels), how, "", result.architecture.get("size"), "", "", "", "", ""])
-            continue
-        method = result.weights.get("method")
-        rows.append(
-            [
-                ", ".join(labels),
-                result.weights.get("kind"),
-                result.weights["sha256"][:12],
-                result.architecture.get("size"),
-                ", ".join(result.sensors),
-                "",
-                "",
-                method_words(method),
-                "",
-            ]
-        )
+        rows.append(_bare_row(", ".join(labels), bare[key]))
     return Table.build(
         "Models",
         ["model", "kind", "sha256", "size", "sensors", "samples seen", "validation loss", "method", "parents"],
@@ -131,11 +113,24 @@ def _card_row(name: str, card: Card) -> list[Any]:
     loss = card.val_loss or {}
     shown = with_error(loss["loss"], loss.get("stderr")) if loss.get("loss") is not None else ""
     parents = ", ".join(f"{p.get('name') or p['role']} {short_hash(p['sha256'])}" for p in card.parents)
-    architecture = card.architecture
-    size = f"{architecture.get('size')}, {architecture.get('image_size')} px, patch {architecture.get('patch_size')}"
     sensors = ", ".join(str(entry["name"]) for entry in card.sensors)
     samples = "" if card.samples is None else f"{card.samples:,}"
-    return [name, card.kind, short_hash(card.sha256), size, sensors, samples, shown, method_words(card.method), parents]
+    size, method = _size_words(card.architecture), method_words(card.method)
+    return [name, card.kind, short_hash(card.sha256), size, sensors, samples, shown, method, parents]
+
+
+def _bare_row(name: str, result: Result) -> list[Any]:
+    """Describes weights of which only a result file is at hand, or an untrained encoder."""
+    weights, size = result.weights, _size_words(result.architecture)
+    if weights is None:
+        kind = "untrained" if result.provenance == "rerun" else "copied"
+        return [name, kind, "", size, "", "", "", "", ""]
+    method = method_words(weights.get("method"))
+    return [name, weights["kind"], short_hash(weights["sha256"]), size, ", ".join(result.sensors), "", "", method, ""]
+
+
+def _size_words(architecture: dict[str, Any]) -> str:
+    return f"{architecture['size']}, {architecture['image_size']} px, patch {architecture['patch_size']}"
 
 
 def method_words(method: dict[str, Any] | None) -> str:
