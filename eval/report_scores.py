@@ -10,7 +10,7 @@ from pathlib import Path
 from momo.errors import EvalError
 
 from .report_figures import slug
-from .report_tables import Comparison, Score, join_words
+from .report_tables import PROTOCOL_WORDS, Comparison, Score, join_words
 from .results import Result
 from .statistics import Summary, compare, summarise
 
@@ -142,6 +142,15 @@ def score_notes(results: list[Result]) -> list[str]:
         notes.append(f"Fewer than 3 seeds for {join_words(few)}: the spread over seeds is not to be trusted.")
     if copied := sorted({f"{r.model} ({r.source})" for r in results if r.provenance == "copied"}):
         notes.append(f"Copied, not run here: {join_words(copied)}.")
+    runs_of: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for result in results:
+        runs_of[(result.dataset, result.protocol)].append(result)
+    for (dataset, protocol), runs in sorted(runs_of.items()):
+        if edge := sum(bool(run.hyper_parameters.get("at_grid_edge")) for run in runs):
+            notes.append(
+                f"{dataset}, {PROTOCOL_WORDS.get(protocol, protocol)}: in {edge} of {len(runs)} runs the value chosen "
+                "stands at the edge of its grid; a wider grid could score higher."
+            )
     for dataset, count in sorted({(r.dataset, _duplicates(r)) for r in results}):
         if count:
             notes.append(f"{dataset} has {count} validation or test images that also stand in another split.")

@@ -24,9 +24,9 @@ def plain(value: float, digits: int = 3) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """Writes a difference with its sign."""
-    text = plain(value, digits)
-    return text if text.startswith("−") or float(text) == 0 else f"+{text}"
+    """Writes a difference with its sign, which is kept when the digits round to zero: it decides a verdict."""
+    text = plain(abs(value), digits)
+    return text if value == 0 else f"{'−' if value < 0 else '+'}{text}"
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,12 @@ def test_notes_say_seeds_and_what_they_change(results):
     assert notes[0].startswith("3 seeds (0, 1, 2). A seed changes which 80% of the training images are used.")
     few = [dataclasses.replace(r, few_seeds=True) for r in results if r.model == "CTX"]
     assert "Fewer than 3 seeds for CTX: the spread over seeds is not to be trusted." in score_notes(few)
+    edge = [
+        dataclasses.replace(r, hyper_parameters={"lr": 1, "at_grid_edge": r.seed == 1})
+        for r in results
+        if r.protocol == "decoder"
+    ]
+    assert score_notes(edge)[-1].startswith("demo-crater_seg, segmentation decoder: in 4 of 12 runs the value")
     info = {**results[0].dataset_info, "duplicates_across_splits": 4}
     doubtful = score_notes([dataclasses.replace(results[0], dataset_info=info)])
     assert doubtful[-1].endswith("has 4 validation or test images that also stand in another split.")
@@ -168,6 +174,7 @@ def test_ranks_share_ties_and_count_wins():
 def test_numbers_are_written_with_true_minus_signs():
     assert (plain(-0.1234), plain(0.5), plain(-0.0001)) == ("−0.123", "0.500", "0.000")
     assert (signed(0.1), signed(-0.1), signed(0.0), signed(400, 0)) == ("+0.100", "−0.100", "0.000", "+400")
+    assert (signed(-0.0002), signed(0.0002)) == ("−0.000", "+0.000")
 
 
 def test_budgets_in_words():
