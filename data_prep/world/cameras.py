@@ -143,11 +143,12 @@ def blur(image_HW: Float32, sigma: float) -> Float32:
     """Convolves with a Gaussian point spread function, seven taps on each axis."""
     taps = np.exp(-0.5 * np.square(np.arange(-3, 4) / sigma))
     taps = (taps / taps.sum()).astype(np.float32)
-    for axis in (0, 1):
-        padded = np.pad(image_HW, [(3, 3) if a == axis else (0, 0) for a in (0, 1)], mode="edge")
-        length = image_HW.shape[axis]
-        image_HW = sum(
-            (tap * np.take(padded, range(k, k + length), axis=axis) for k, tap in enumerate(taps)),
-            start=np.zeros_like(image_HW),
-        )
-    return image_HW
+    rows, columns = image_HW.shape
+    padded = np.pad(image_HW, 3, mode="edge")
+    across = taps[0] * padded[:, :columns]
+    for k in range(1, 7):
+        across += taps[k] * padded[:, k : k + columns]
+    out = taps[0] * across[:rows]
+    for k in range(1, 7):
+        out += taps[k] * across[k : k + rows]
+    return np.asarray(out, dtype=np.float32)

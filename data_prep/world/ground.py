@@ -198,7 +198,7 @@ class Ground:
     def _terrain(self, grid: Grid, band: int) -> _Terrain:
         """Returns one band's patches, evaluated on a coarser raster when that loses nothing."""
         scale = BAND_SCALES_M[band]
-        step = scale / 24
+        step = scale / 48
         if step <= 1.5 * grid.gsd_m:
             return _Terrain(scale, *self._terrain_at(grid, band))
         nodes = grid.coarse(step, margin=2)

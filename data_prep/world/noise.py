@@ -143,13 +143,18 @@ def interpolate(
         (H, W).
     """
     low, high = int(first_row.min()), int(first_row.max()) + 4
-    rows = nodes[low:high]
-    across = rows[:, first_column] * wx[0]
+    across = _four_taps(nodes[low:high].T, first_column, wx).T
+    return _four_taps(np.ascontiguousarray(across), first_row - low, wy)
+
+
+def _four_taps(nodes: Float32, first: Int64, weights: Float32) -> Float32:
+    """Interpolates along the first axis."""
+    out = nodes[first]
+    out *= weights[0][:, None]
     for tap in range(1, 4):
-        across += rows[:, first_column + tap] * wx[tap]
-    out = across[first_row - low] * wy[0][:, None]
-    for tap in range(1, 4):
-        out += across[first_row - low + tap] * wy[tap][:, None]
+        part = nodes[first + tap]
+        part *= weights[tap][:, None]
+        out += part
     return out
 
 
