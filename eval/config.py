@@ -107,7 +107,7 @@ class LinearConfig:
     """Logistic regression on frozen features, standardised with the training features' mean and deviation."""
 
     c_grid: list[float] = option(
-        [0.0001, 0.001, 0.01, 0.1, 1.0, 10.0], "inverse L2 strengths C; the best on the validation split is tested"
+        [0.001, 0.01, 0.1, 1.0, 10.0, 100.0], "inverse L2 strengths C; the best on the validation split is tested"
     )
     max_iter: int = option(500, "L-BFGS iterations at most")
 
@@ -120,8 +120,8 @@ class LinearConfig:
 class DecoderConfig:
     """A small convolutional decoder on the encoder's patch tokens, for segmentation."""
 
-    steps: int = option(200, "optimizer steps for each learning rate of the grid")
-    batch_size: int = option(16, "images a step")
+    steps: int = option(250, "optimizer steps for each learning rate of the grid")
+    batch_size: int = option(8, "images a step")
     lr_grid: list[float] = option(
         [0.001, 0.004], "AdamW peak learning rates; the best on the validation split is tested"
     )

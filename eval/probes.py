@@ -128,7 +128,7 @@ def run_linear(features: dict[str, Features], labels: dict[str, Labels], config:
     hyper_parameters = {
         "C": chosen["C"],
         "converged": chosen["converged"],
-        "at_grid_edge": len(grid) > 1 and chosen in (grid[0], grid[-1]),
+        "at_grid_edge": len(grid) > 2 and chosen in (grid[0], grid[-1]),
         "max_iter": config.max_iter,
         "standardised": True,
     }

@@ -80,7 +80,8 @@ def evaluate(config: EvalConfig, *, report: Report = print) -> Path:
         )
     if pending:
         write_text(out / "config.yaml", to_yaml(config))
-        remove_leftovers(out / "runs")
+        for folder in ("runs", "predictions", "examples"):
+            remove_leftovers(out / folder)
         _carry_out(pending, config, out, device, report)
     results = [load_result(run.path) for run in plan]
     for line in summary_table(summarise(results)):

@@ -186,7 +186,7 @@ def run_decoder(
     hyper_parameters = {
         "lr": chosen["lr"],
         "step": chosen["step"],
-        "at_grid_edge": len(grid) > 1 and chosen in (grid[0], grid[-1]),
+        "at_grid_edge": len(grid) > 2 and chosen in (grid[0], grid[-1]),
         "steps": config.steps,
         "batch_size": config.batch_size,
         "weight_decay": config.weight_decay,

@@ -247,7 +247,8 @@ def test_images_of_every_kind(tmp_path):
 
 def test_masks_of_every_kind(tmp_path):
     index = np.array([[0, 1], [2, 0]], dtype=np.uint8)
-    palette = Image.fromarray(index, mode="P")
+    palette = Image.new("P", (2, 2))
+    palette.putdata(index.ravel().tolist())
     palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
     palette.save(tmp_path / "palette.png")
     assert (read_mask(tmp_path / "palette.png") == index).all()
