@@ -191,7 +191,7 @@ class ShownModel:
         return not self.sensors or sensor in self.sensors
 
 
-def load_shown_model(name: str, path: Path, *, mask_ratio: float, norm_pix_loss: bool) -> ShownModel:
+def load_shown_model(name: str, path: Path) -> ShownModel:
     """Loads weights that can paint.
 
     Raises:
@@ -205,7 +205,7 @@ def load_shown_model(name: str, path: Path, *, mask_ratio: float, norm_pix_loss:
             rule="a reconstruction needs encoder and decoder",
             fix="take a checkpoint of a run or a merge of whole checkpoints, or leave it out of weights",
         )
-    model, card = load_mae(path, mask_ratio=mask_ratio, norm_pix_loss=norm_pix_loss)
+    model, card = load_mae(path)
     return ShownModel(name, model.eval(), card)
 
 

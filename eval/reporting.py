@@ -60,15 +60,11 @@ class ReportConfig:
     tiles: int = option(12, "tiles shown of each corpus; 0 shows none")
     examples: int = option(3, "tiles reconstructed of each corpus; 0 shows none")
     test_images: int = option(4, "test images shown of each segmentation dataset; 0 shows none")
-    mask_ratio: float = option(0.75, "share of patches hidden in reconstructions, above 0 and below 1")
-    norm_pix_loss: bool = option(False, "true when the weights were trained with norm_pix_loss")
 
     def __post_init__(self) -> None:
         self.runs = {} if self.runs is None else self.runs
         if not isinstance(self.runs, (dict, list)) or not all(isinstance(path, str) for path in _values(self.runs)):
             raise ConfigError("runs cannot be read", seen=self.runs, rule="name: path pairs, or a list of paths")
-        if not 0 < self.mask_ratio < 1:
-            raise ConfigError("mask_ratio is out of range", seen=self.mask_ratio, rule="above 0 and below 1")
         for key in ("tiles", "examples", "test_images"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key} is out of range", seen=getattr(self, key), rule="0 or more")
@@ -150,10 +146,7 @@ def _read(config: ReportConfig) -> _Inputs:
         results=results,
         runs=[read_run(name, path) for name, path in folders.items()],
         selection=selection,
-        models=[
-            load_shown_model(w.name, Path(w.path), mask_ratio=config.mask_ratio, norm_pix_loss=config.norm_pix_loss)
-            for w in config.weights
-        ],
+        models=[load_shown_model(w.name, Path(w.path)) for w in config.weights],
         corpora=[Corpus(Path(path)) for path in config.corpora],
     )
 

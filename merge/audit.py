@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from momo.errors import MergeError
 from momo.weights import Card, TensorInfo, load_card, read_header
@@ -75,11 +76,16 @@ def _card_rows(parents: Sequence[Parent]) -> list[tuple[str, ...]]:
             rows.append((f"architecture {field}", *cells))
     for label, cells in (
         ("normalisation", [str(parent.card.normalisation.get("policy")) for parent in parents]),
+        ("objective", [_text(parent.card.objective) for parent in parents]),
         ("contents", ["+".join(sorted(parent.card.contents)) for parent in parents]),
     ):
         if len(set(cells)) > 1:
             rows.append((label, *cells))
     return rows
+
+
+def _text(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in sorted(fields.items())) or "none named"
 
 
 def _base_rows(base: Parent, checkpoints: Sequence[Parent]) -> list[tuple[str, ...]]:

@@ -110,6 +110,7 @@ def _merged_card(config: MergeConfig, base: Parent, checkpoints: Sequence[Parent
         architecture=base.card.architecture,
         contents=base.card.contents,
         normalisation=normalisation,
+        objective=base.card.objective,
         sensors=sensors,
         data_fingerprints={k: v for parent in ordered for k, v in parent.card.data_fingerprints.items()},
         synthetic=any(parent.card.synthetic for parent in (base, *ordered)),

@@ -33,6 +33,7 @@ class Card:
         kind: `checkpoint` (of a run), `merged` or `base`.
         architecture: Fields of `momo.models.Architecture`.
         contents: Which parts are inside: `encoder`, `decoder`.
+        objective: `mask_ratio` and `norm_pix_loss` of the training loss; needed to read the decoder's output.
         normalisation: Fields of `momo.normalise.Normalisation`; `sensor_zscore` constants per sensor are in `sensors`.
         sensors: One entry a sensor: `name`, `gsd_m` (metres a pixel), `tiles` (training tiles).
         data_fingerprints: Fingerprint of every corpus the weights were trained on, by sensor.
@@ -51,6 +52,7 @@ class Card:
     architecture: dict[str, Any]
     contents: list[str]
     normalisation: dict[str, Any]
+    objective: dict[str, Any] = field(default_factory=dict)
     sensors: list[dict[str, Any]] = field(default_factory=list)
     data_fingerprints: dict[str, str] = field(default_factory=dict)
     synthetic: bool = False

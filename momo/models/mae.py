@@ -197,23 +197,24 @@ def build_mae(
 
 
 def load_mae(
-    path: Path, *, mask_ratio: float = 0.75, norm_pix_loss: bool = False, check_hash: bool = True
+    path: Path, *, mask_ratio: float | None = None, norm_pix_loss: bool | None = None, check_hash: bool = True
 ) -> tuple[MaskedAutoencoder, Card]:
     """Loads a whole masked autoencoder, encoder and decoder.
 
     Args:
         path: Weights folder or file.
-        mask_ratio: See `MaskedAutoencoder`.
-        norm_pix_loss: See `MaskedAutoencoder`.
+        mask_ratio: See `MaskedAutoencoder`; None takes the one the card names.
+        norm_pix_loss: See `MaskedAutoencoder`; None takes the one the card names.
         check_hash: Compare the file's hash with the card's.
 
     Raises:
         CheckpointError: A tensor is missing (an encoder-only file, for example) or has another shape.
     """
     card = load_card(path)
-    model = build_mae(
-        Architecture.from_dict(card.architecture), seed=0, mask_ratio=mask_ratio, norm_pix_loss=norm_pix_loss
-    )
+    objective = {"mask_ratio": 0.75, "norm_pix_loss": False} | card.objective
+    given = {"mask_ratio": mask_ratio, "norm_pix_loss": norm_pix_loss}
+    objective |= {key: value for key, value in given.items() if value is not None}
+    model = build_mae(Architecture.from_dict(card.architecture), seed=0, **objective)
     tensors, card = load_weights(path, expected=model.state_dict(), check_hash=check_hash)
     model.load_state_dict(tensors)
     return model, card

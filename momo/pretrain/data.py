@@ -127,7 +127,7 @@ class TrainTiles(Dataset[Sample]):
     def __len__(self) -> int:
         return int(self.sources.bounds[-1])
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:  # type: ignore[override]
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
         epoch, index = place
         number = int(np.searchsorted(self.sources.bounds, index, side="right")) - 1
         tile = self.sources.corpora[number].read("train", index - int(self.sources.bounds[number]))

@@ -97,6 +97,7 @@ def make_card(config: PretrainConfig, sources: Sources, start: Start) -> Card:
         architecture=start.model.architecture.to_dict(),
         contents=["encoder", "decoder"],
         normalisation=single,
+        objective={"mask_ratio": start.model.mask_ratio, "norm_pix_loss": start.model.norm_pix_loss},
         sensors=sources.card_sensors(),
         data_fingerprints={corpus.sensor: corpus.manifest.fingerprint for corpus in sources.corpora},
         synthetic=start.synthetic or any(corpus.manifest.synthetic for corpus in sources.corpora),

@@ -128,7 +128,7 @@ class Trainer:
         workers = self.config.data.workers
         return DataLoader(
             tiles,
-            batch_sampler=batches,  # type: ignore[arg-type]
+            batch_sampler=batches,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             multiprocessing_context="spawn" if workers else None,

@@ -5,8 +5,8 @@ import pickle
 
 import numpy as np
 import pytest
-from momo.data_prep.georeference import Georeference, read_georeference
 
+from momo.data_prep.georeference import Georeference, read_georeference
 from momo.errors import DataError
 from tests.data_prep.products import ELLIPSOID, gdal, mars_crs, osr, write_raster
 

@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
+
 from momo.data_prep.labels import pds3_number
 from momo.data_prep.products import inspect, open_product, quiet_gdal, read_window
 from momo.data_prep.radiometry import choose_encoding
-
 from momo.errors import DataError
 from tests.data_prep.products import earth_crs, gdal, mars_crs, terrain, write_pds3, write_raster
 

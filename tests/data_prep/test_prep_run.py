@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
-from momo.data_prep import PrepConfig, prep, tiling
 
 from momo.config import load_config
 from momo.corpus import Corpus
+from momo.data_prep import PrepConfig, prep, tiling
 from momo.errors import ConfigError, DataError
 from tests.data_prep.products import earth_crs, mars_crs, terrain, write_pds3, write_raster
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from momo.data_prep.config import PrepConfig
 from momo.data_prep.georeference import Georeference
 from momo.data_prep.products import Product, Validity
 from momo.data_prep.quality import is_constant, structure_score
 from momo.data_prep.split import BlockGrid, SplitRule, balanced
 from momo.data_prep.tiling import starts, window_count, window_footprints
-
 from tests.data_prep.products import ELLIPSOID, mars_crs, terrain
 
 

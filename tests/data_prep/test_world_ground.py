@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from momo.data_prep.world.cameras import Sun, radiance
 from momo.data_prep.world.craters import Craters, craters_in, profile, rim_distance
 from momo.data_prep.world.ground import BAND_SCALES_M, KINDS, Ground

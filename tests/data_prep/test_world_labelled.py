@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from momo.data_prep.world import WorldConfig, make_world
 from momo.data_prep.world.config import LANDFORM_CLASSES
 from momo.data_prep.world.craters import rim_distance
@@ -15,7 +17,6 @@ from momo.data_prep.world.ground import Ground
 from momo.data_prep.world.labelled import CRATER_SET, LANDFORM_SET, crater_mask, photograph
 from momo.data_prep.world.noise import Grid
 from momo.data_prep.world.products import ORIGIN_EASTING_M, ORIGIN_NORTHING_M
-from PIL import Image
 
 pytest.importorskip("osgeo.gdal")
 SPLITS = ("train", "val", "test")

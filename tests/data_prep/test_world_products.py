@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from momo.data_prep.world import WorldConfig, make_world
 from momo.data_prep.world.ground import Ground
 from momo.data_prep.world.products import ORIGIN_EASTING_M, ORIGIN_NORTHING_M
-
 from momo.errors import ConfigError, DataError
 
 gdal = pytest.importorskip("osgeo.gdal")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+
 from momo.eval.metrics import HEADLINE, confusion_counts
 from momo.eval.results import Examples, Predictions, Result, run_name, write_result
 from momo.eval.run import _scores
-
 from momo.runs import checkpoint_name
 from momo.weights import load_card
 from tests.conftest import PICO, write_corpus, write_weights

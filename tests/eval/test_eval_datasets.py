@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from momo.eval.config import DatasetConfig
-from momo.eval.datasets import LabelledDataset, open_dataset
-from momo.eval.images import read_image, read_mask, resize_mask
 from PIL import Image
 
 from momo.errors import ConfigError, DataError
+from momo.eval.config import DatasetConfig
+from momo.eval.datasets import LabelledDataset, open_dataset
+from momo.eval.images import read_image, read_mask, resize_mask
 from tests.eval.labelled import CLASSES, COUNTS, write_annotation, write_classification, write_segmentation
 
 

@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
+from momo.errors import CheckpointError, EvalError
 from momo.eval.config import DatasetConfig, ModelConfig
 from momo.eval.datasets import open_dataset
 from momo.eval.features import depth_indices, open_models, patch_tokens, pooled_features, prepare
 from momo.eval.images import read_image, to_channels
-
-from momo.errors import CheckpointError, EvalError
 from momo.models import Architecture, random_encoder
 from momo.weights import load_card
 from tests.conftest import PICO, write_weights

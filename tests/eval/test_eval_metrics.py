@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from momo.eval.metrics import METRICS, all_scores, confusion_counts, score
 from sklearn.metrics import f1_score, jaccard_score
+
+from momo.eval.metrics import METRICS, all_scores, confusion_counts, score
 
 
 def test_classification_metrics_counted_by_hand():

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
+from momo.errors import ConfigError
 from momo.eval.config import KnnConfig, LinearConfig
 from momo.eval.datasets import Sample
 from momo.eval.plan import draw_train
 from momo.eval.probes import knn_predict, run_knn, run_linear
-
-from momo.errors import ConfigError
 
 
 def line(*values: float) -> np.ndarray:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from momo.errors import EvalError
 from momo.eval.results import (
     Predictions,
     Result,
@@ -19,8 +21,6 @@ from momo.eval.results import (
     write_result,
 )
 from momo.eval.statistics import summarise
-
-from momo.errors import EvalError
 
 
 def result(root: Path, *, seed: int = 0, **changes) -> Result:

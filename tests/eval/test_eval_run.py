@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from momo.config import config_from_dict, load_config
+from momo.errors import CheckpointError, ConfigError, DataError, EvalError
 from momo.eval import EvalConfig, evaluate, load_results, summarise
 from momo.eval.results import load_examples
 from momo.eval.run import summary_table
 from momo.eval.statistics import compare
-
-from momo.config import config_from_dict, load_config
-from momo.errors import CheckpointError, ConfigError, DataError, EvalError
 from momo.files import sha256_file
 from tests.conftest import write_weights
 from tests.eval.labelled import write_classification, write_segmentation

@@ -3,13 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
+from momo.errors import ConfigError
 from momo.eval.config import DatasetConfig, DecoderConfig
 from momo.eval.datasets import open_dataset
 from momo.eval.features import prepare
 from momo.eval.metrics import score
 from momo.eval.segmentation import TokenDecoder, TokenSource, run_decoder, segmentation_loss, token_gib
-
-from momo.errors import ConfigError
 from momo.models import random_encoder
 from momo.weights import load_card
 from tests.conftest import PICO

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from momo.eval.metrics import score
-from momo.eval.statistics import bootstrap_interval, combined_interval, image_weights, paired_difference
 
 from momo.errors import EvalError
+from momo.eval.metrics import score
+from momo.eval.statistics import bootstrap_interval, combined_interval, image_weights, paired_difference
 
 
 def outcomes(right: np.ndarray) -> np.ndarray:

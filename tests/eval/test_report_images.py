@@ -10,6 +10,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from momo.corpus import Corpus
+from momo.errors import EvalError
 from momo.eval import load_results
 from momo.eval.config import DatasetConfig
 from momo.eval.datasets import open_dataset
@@ -33,10 +37,6 @@ from momo.eval.report_inputs import read_run, read_selection
 from momo.eval.report_overlays import class_colour, draw_classes, outline, overlays
 from momo.eval.report_scores import build_comparisons
 from momo.eval.reporting import default_models
-from PIL import Image
-
-from momo.corpus import Corpus
-from momo.errors import EvalError
 from momo.models import Architecture
 from momo.weights import load_card
 from tests.conftest import PICO, write_corpus, write_weights
@@ -131,7 +131,7 @@ def test_reconstructions_show_the_models_of_the_sensor_with_their_loss(corpus, t
         "theirs": write_weights(tmp_path / "theirs", sensors=[{"name": "THEMIS", "tiles": 1}]),
         "large": write_weights(tmp_path / "large", architecture=Architecture("pico", 64, 8)),
     }
-    models = [load_shown_model(name, path, mask_ratio=0.75, norm_pix_loss=False) for name, path in paths.items()]
+    models = [load_shown_model(name, path) for name, path in paths.items()]
     skipped: list[str] = []
     gallery = reconstructions(corpus, models, count=2, seed=0, skipped=skipped)
     assert gallery.columns == ["input", "masked", "ours"] and len(gallery.rows) == 2

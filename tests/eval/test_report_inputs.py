@@ -6,9 +6,9 @@ import json
 
 import pytest
 import yaml
-from momo.eval.report_inputs import read_run, read_selection, run_of_pick, with_error
 
 from momo.errors import CheckpointError, MergeError
+from momo.eval.report_inputs import read_run, read_selection, run_of_pick, with_error
 from tests.conftest import write_weights
 from tests.eval.report_fixtures import write_run, write_selection
 

@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from momo.eval import ReportConfig, report
 
 from momo.config import config_from_dict, load_config
 from momo.errors import CheckpointError, ConfigError, DataError, EvalError, MomoError
+from momo.eval import ReportConfig, report
 from tests.conftest import write_weights
 from tests.eval.report_fixtures import SENSORS, write_world
 
@@ -165,7 +165,6 @@ def test_measured_data_has_no_badge(tmp_path, world):
         ({"corpora": ["nowhere"]}, DataError, r"this is no corpus: nowhere"),
         ({"weights": [{"name": "m", "path": "nowhere"}]}, CheckpointError, r"weights are not there or not complete"),
         ({"runs": {"CTX": 3}}, ConfigError, r"runs cannot be read: .* Rule: name: path pairs, or a list of paths"),
-        ({"runs": ["a"], "mask_ratio": 1.0}, ConfigError, r"mask_ratio is out of range: 1.0"),
         ({"runs": ["a"], "tiles": -1}, ConfigError, r"tiles is out of range: -1. Rule: 0 or more"),
         (
             {"weights": [{"name": "m", "path": "a"}, {"name": "m", "path": "b"}]},

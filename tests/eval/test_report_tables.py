@@ -7,6 +7,8 @@ import json
 
 import numpy as np
 import pytest
+
+from momo.errors import EvalError
 from momo.eval import load_results
 from momo.eval.report_provenance import grid_words, method_words, model_table, protocol_table
 from momo.eval.report_scores import budget_words, build_comparisons, score_notes
@@ -21,8 +23,6 @@ from momo.eval.report_tables import (
 )
 from momo.eval.results import write_result
 from momo.eval.statistics import compare
-
-from momo.errors import EvalError
 from tests.conftest import write_weights
 from tests.eval.report_fixtures import write_results
 

@@ -5,9 +5,9 @@ import math
 import random
 
 import pytest
-from momo.merge.evl import Candidate, distance, early_stop, last, select_evl, smallest_epsilon
 
 from momo.errors import MergeError
+from momo.merge.evl import Candidate, distance, early_stop, last, select_evl, smallest_epsilon
 
 
 def brute_force(curves, epsilon):

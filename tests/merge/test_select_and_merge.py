@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 import yaml
-from momo.merge import MergeConfig, SelectConfig, average, merge, read_selection, select, task_arithmetic
 from PIL import Image
 
 from momo.errors import CheckpointError, ConfigError, DataError, MergeError
+from momo.merge import MergeConfig, SelectConfig, average, merge, read_selection, select, task_arithmetic
 from momo.models import build_mae
 from momo.weights import load_card, load_weights, save_weights
 from tests.conftest import PICO, write_weights
@@ -147,6 +147,10 @@ def other_base(tensors, card):
     card.parents[0]["sha256"] = "f" * 64
 
 
+def other_objective(tensors, card):
+    card.objective = {"norm_pix_loss": True}
+
+
 def other_epsilon(tensors, card):
     card.architecture["layer_norm_eps"] = 1e-5
 
@@ -158,6 +162,7 @@ def other_epsilon(tensors, card):
         (reshape, r"cls_token +F32\[1, 1, 96\] .*F32\[1, 1, 5\]"),
         (halve, r"norm.weight .*F16\[96\]"),
         (other_base, r"sha256 of the base .*ffffffffffff"),
+        (other_objective, r"objective +none named +none named +norm_pix_loss True"),
         (other_epsilon, r"architecture layer_norm_eps .*1e-05"),
     ],
 )
