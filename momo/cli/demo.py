@@ -295,5 +295,5 @@ def _yaml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(_yaml(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_yaml(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,38 @@
+"""The YAML files of configs/ are complete, known and say how they are used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from momo.cli.commands import COMMANDS
+from momo.config import load_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+STAGES = {path.stem: path for path in CONFIGS.glob("*.yaml")}
+
+
+def test_every_command_has_an_example():
+    assert set(STAGES) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_example_loads(name):
+    schema, _ = COMMANDS[name].load()
+    required = ["out=somewhere"] if name == "pretrain" else []
+    assert load_config(schema, STAGES[name], required)
+    assert f"momo {name} --config configs/{name}.yaml" in STAGES[name].read_text()
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "real").glob("*.yaml")), ids=lambda path: path.stem)
+def test_real_data_configs_load(path, monkeypatch):
+    monkeypatch.setenv("MOMO_REAL_DATA", "somewhere")
+    schema, _ = COMMANDS[path.stem.split("_")[0]].load()
+    assert load_config(schema, path, ["out=corpus"])
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "deepspeed").glob("*.json")), ids=lambda path: path.stem)
+def test_deepspeed_files_are_json_with_their_stage(path):
+    assert json.loads(path.read_text())["zero_optimization"]["stage"] == int(path.stem.removeprefix("zero"))
