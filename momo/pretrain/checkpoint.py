@@ -17,7 +17,16 @@ from ..weights import Card, save_weights
 from .config import PretrainConfig
 
 # A run may be continued with another value of these: they change neither the data order nor the arithmetic.
-_FREE_KEYS = {"ranks", "keep_engine", "data.workers", "data.verify", "train.log_every", "licence", "deepspeed"}
+_FREE_KEYS = {
+    "ranks",
+    "keep_engine",
+    "data.workers",
+    "data.cache_mb",
+    "data.verify",
+    "train.log_every",
+    "licence",
+    "deepspeed",
+}
 
 
 def write_checkpoint(

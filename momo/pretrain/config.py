@@ -19,12 +19,14 @@ class DataOptions:
     corpora: list[str] = option([], "corpus folders; several make a joint run")
     normalisation: str = option("per_tile_zscore", f"one of {', '.join(POLICIES)}")
     workers: int = option(0, "reading processes a rank; 0 reads in the training process")
+    cache_mb: int = option(512, "memory a reading process may use to keep a corpus decoded; larger ones are read anew")
     verify: bool = option(True, "compare every shard's sha256 before the start")
 
     def __post_init__(self) -> None:
         one_of("data.normalisation", self.normalisation, POLICIES)
-        if self.workers < 0:
-            raise ConfigError("data.workers is out of range", seen=self.workers, rule="0 or more")
+        for key, value in (("data.workers", self.workers), ("data.cache_mb", self.cache_mb)):
+            if value < 0:
+                raise ConfigError(f"{key} is out of range", seen=value, rule="0 or more")
         if len(set(self.corpora)) != len(self.corpora):
             raise ConfigError("a corpus is named twice", seen=", ".join(self.corpora), rule="each corpus once")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,11 +119,25 @@ def to_sample(
 
 
 class TrainTiles(Dataset[Sample]):
-    """Training tiles, addressed by (epoch, tile); the epoch chooses symmetry and mask."""
+    """Training tiles, addressed by (epoch, tile); the epoch chooses symmetry and mask.
 
-    def __init__(self, sources: Sources, *, patches: int, in_chans: int, augment: bool, seed: int) -> None:
+    Args:
+        sources: The corpora.
+        patches: Number of patches of the model.
+        in_chans: 1, or 3 equal channels.
+        augment: Draw one of the eight symmetries.
+        seed: Seed of the run.
+        cache_mb: When all decoded tiles fit into this memory they are kept after their first reading.
+    """
+
+    def __init__(
+        self, sources: Sources, *, patches: int, in_chans: int, augment: bool, seed: int, cache_mb: int = 0
+    ) -> None:
         self.sources, self.patches, self.in_chans = sources, patches, in_chans
         self.augment, self.seed = augment, seed
+        # float32 pixels and the validity of each.
+        tile_bytes = 5 * sources.corpora[0].manifest.tile_size ** 2
+        self._cache: dict[int, Tile] | None = {} if len(self) * tile_bytes <= cache_mb << 20 else None
 
     def __len__(self) -> int:
         return int(self.sources.bounds[-1])
@@ -130,7 +145,7 @@ class TrainTiles(Dataset[Sample]):
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         epoch, index = place
         number = int(np.searchsorted(self.sources.bounds, index, side="right")) - 1
-        tile = self.sources.corpora[number].read("train", index - int(self.sources.bounds[number]))
+        tile = self._tile(number, index)
         rng = augmentation_rng(tile.key, self.seed, epoch)
         return to_sample(
             tile,
@@ -140,6 +155,14 @@ class TrainTiles(Dataset[Sample]):
             in_chans=self.in_chans,
             augment=self.augment,
         )
+
+    def _tile(self, number: int, index: int) -> Tile:
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        tile = self.sources.corpora[number].read("train", index - int(self.sources.bounds[number]))
+        if self._cache is not None:
+            self._cache[index] = dataclasses.replace(tile, meta={})
+        return tile
 
 
 _ArrayT = TypeVar("_ArrayT", bound=np.ndarray[Any, Any])

@@ -121,6 +121,7 @@ class Trainer:
             in_chans=shapes.in_chans,
             augment=options.augment,
             seed=self.config.seed,
+            cache_mb=self.config.data.cache_mb,
         )
         batches = plan.batches(
             start=self.samples, stop=self.stop, batch_size=options.batch_size, rank=self.rank, ranks=self.ranks
@@ -143,13 +144,15 @@ class Trainer:
             rate = learning_rate(options, self.samples)
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = rate
-            loss = self._step(batch)
-            before, self.samples = self.samples, self.samples + options.batch_size
+            after = self.samples + options.batch_size
+            at_checkpoint = after // every > self.samples // every or after == self.stop
+            logged = at_checkpoint or window.steps + 1 == options.log_every
+            loss = self._step(batch, measure=logged)
+            self.samples = after
             window.add(loss, options.batch_size)
             if log is not None:
                 log.advance(options.batch_size)
-            at_checkpoint = self.samples // every > before // every or self.samples == self.stop
-            if at_checkpoint or window.steps == options.log_every:
+            if logged:
                 record = self._record(window, rate, batch["key"])
                 if log is not None:
                     log.train(record)
@@ -158,13 +161,14 @@ class Trainer:
                 self._checkpoint(log)
                 window = _Window()
 
-    def _step(self, batch: dict[str, Any]) -> torch.Tensor:
+    def _step(self, batch: dict[str, Any], *, measure: bool) -> torch.Tensor:
         image, valid, noise = (batch[name].to(self.device, non_blocking=True) for name in ("image", "valid", "noise"))
         half = self.config.train.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             loss = self.engine(image, valid, noise).mean()
         self.engine.backward(loss)
-        self._grad_norm = self._gradient_norm()
+        if measure:
+            self._grad_norm = self._gradient_norm()
         self.engine.step()
         return loss.detach()
 

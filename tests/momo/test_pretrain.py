@@ -23,7 +23,7 @@ from momo.errors import CheckpointError, ConfigError, DataError, MomoError
 from momo.models import build_mae, load_mae
 from momo.normalise import Normalisation
 from momo.pretrain import PretrainConfig, pretrain
-from momo.pretrain.data import ValidationTiles, open_sources
+from momo.pretrain.data import TrainTiles, ValidationTiles, open_sources
 from momo.pretrain.optimisation import learning_rate, parameter_groups
 from momo.pretrain.plan import SamplePlan
 from momo.pretrain.validation import LossEstimate, protocol_hash, summarise, tile_losses
@@ -112,6 +112,18 @@ def test_biases_norms_and_tokens_are_not_decayed():
     assert all(p.ndim > 1 for p in decayed)
     fixed = {"pos_embed", "decoder_pos_embed"}
     assert len(decayed) + len(plain) == len(list(model.parameters())) - len(fixed)
+
+
+def test_cached_tiles_equal_tiles_read_anew(tiny_corpus, tmp_path):
+    sources = open_sources(make_config(tmp_path / "r", tiny_corpus), verify=False)
+    plain, cached = (
+        TrainTiles(sources, patches=16, in_chans=1, augment=True, seed=1, cache_mb=megabytes) for megabytes in (0, 1)
+    )
+    for place in [(0, 3), (0, 4), (1, 3), (2, 3), (1, 4)]:
+        first, second = plain[place], cached[place]
+        assert first["key"] == second["key"]
+        assert all(torch.equal(first[name], second[name]) for name in ("image", "valid", "noise"))
+    assert not torch.equal(plain[(0, 3)]["noise"], plain[(1, 3)]["noise"])
 
 
 # --- validation -------------------------------------------------------------------------------------------------
@@ -366,6 +378,7 @@ def test_bad_deepspeed_json(tiny_corpus, tmp_path, content, message):
         ("data.corpora=[a,a]", "a corpus is named twice"),
         ("data.normalisation=minmax", "did you mean 'per_tile_minmax'"),
         ("data.workers=-1", "data.workers is out of range"),
+        ("data.cache_mb=-1", "data.cache_mb is out of range"),
         ("train.sample=10", "did you mean 'train.samples'"),
     ],
 )
