@@ -1,11 +1,11 @@
 """A seeded procedural Mars, clearly synthetic: products of three cameras and two labelled sets.
 
-    world.json                      what everything is: seed, config, footprints, GSD, SHA-256 of every file
-    products/hirise/*.cub           ISIS3, 10 bit in uint16, special pixel values
-    products/ctx/*.xml, *.img       PDS4, 8 bit, slanted swath
-    products/themis/*.tif           GeoTIFF, float32 brightness temperature
-    labelled/demo-crater_seg/       binary crater masks, Mars-Bench layout
-    labelled/demo-landform_cls/     seven landforms, Mars-Bench layout
+world.json                      what everything is: seed, config, footprints, GSD, SHA-256 of every file
+products/hirise/*.cub           ISIS3, 10 bit in uint16, special pixel values
+products/ctx/*.xml, *.img       PDS4, 8 bit, slanted swath
+products/themis/*.tif           GeoTIFF, float32 brightness temperature
+labelled/demo-crater_seg/       binary crater masks, Mars-Bench layout
+labelled/demo-landform_cls/     seven landforms, Mars-Bench layout
 """
 
 from __future__ import annotations

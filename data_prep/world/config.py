@@ -21,7 +21,7 @@ class WorldConfig:
     products: int = option(5, "products of each camera; 1 to 20")
     tiles_per_product: int = option(320, "whole tiles in one product before validity filtering; 12 up")
     crater_images: int = option(240, "training images of demo-crater_seg; val has a third, test half of it; 6 up")
-    landform_images: int = option(300, "training images of demo-landform_cls; val has a third, test two thirds; 7 up")
+    landform_images: int = option(350, "training images of demo-landform_cls; val has a third, test as many; 7 up")
     crater_density: float = option(0.02, "N0 of the crater population, N(>D) = N0 / D^2 per unit area; 0.002 to 0.1")
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class WorldConfig:
         """Images of demo-landform_cls by split; every class has at least one in each."""
         least = len(LANDFORM_CLASSES)
         train = self.landform_images
-        return {"train": train, "val": max(least, train // 3), "test": max(least, 2 * train // 3)}
+        return {"train": train, "val": max(least, train // 3), "test": train}
 
 
 def _within(key: str, value: float, low: float, high: float) -> None:

@@ -100,7 +100,12 @@ def craters_in(
 
 
 def _octave(
-    seed: int, octave: int, low: float, bounds: tuple[float, float, float, float], density: float, reach: float,
+    seed: int,
+    octave: int,
+    low: float,
+    bounds: tuple[float, float, float, float],
+    density: float,
+    reach: float,
     smallest_m: float,
 ) -> tuple[Craters, Float64]:
     """Lists the craters of diameters `low` to twice that, and a uniform number for each that decides its survival."""
@@ -174,7 +179,11 @@ def _span(ascending: Float64, centre: float, extent: float) -> slice:
 
 
 def add_craters(
-    craters: Craters, grid: Grid, elevation: Float32, albedo: Float32, rock: Float32,
+    craters: Craters,
+    grid: Grid,
+    elevation: Float32,
+    albedo: Float32,
+    rock: Float32,
     older: Sequence[tuple[float, Float32]] = (),
 ) -> None:
     """Adds craters to a ground raster in place.

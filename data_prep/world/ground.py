@@ -32,7 +32,7 @@ from .noise import (
     uniform_of,
 )
 
-BAND_SCALES_M = (16.0, 96.0, 576.0)
+BAND_SCALES_M = (20.0, 120.0, 720.0)
 PATCH_IN_SCALES = 16.0
 _PATCH_RIM = (0.1, 1.3)  # a patch fades in between these distances from its edge, in feature scales
 KINDS = ("plains", "dunes", "cones", "polygons", "rough", "layered")
@@ -46,9 +46,11 @@ _TRAITS = {
     "rough": (1.0, 0.95, 430.0, 0.45),
     "layered": (0.55, 1.08, 380.0, 0.5),
 }
+_SMALLEST_BAND_PX = 4.0  # landforms of a band whose scale is smaller than this are below a camera's resolution
 _FINEST_OCTAVE_M = 2.0
 _OCTAVES = 15
-_OCTAVE_SLOPE = 0.017  # rms height of an octave over its lattice spacing
+_OCTAVE_SLOPE = 0.022  # rms height of the finest octave over its lattice spacing
+_SLOPE_DECAY = -0.15  # exponent: coarser octaves are gentler (a Hurst exponent of 0.85)
 
 
 @dataclass
@@ -108,7 +110,9 @@ class Ground:
         gsd = grid.gsd_m
         elevation, albedo, rock = (np.full(grid.shape, value, dtype=np.float32) for value in (0.0, 0.2, 0.0))
         inertia = np.full(grid.shape, 1.0, dtype=np.float32)
-        terrains = [self._terrain(grid, band) for band, scale in enumerate(BAND_SCALES_M) if scale > 2.9 * gsd]
+        terrains = [
+            self._terrain(grid, band) for band, scale in enumerate(BAND_SCALES_M) if scale > _SMALLEST_BAND_PX * gsd
+        ]
         bare = np.ones(grid.shape, dtype=np.float32)
         for terrain in reversed(terrains):  # coarse to fine
             terrain.height = terrain.height * bare + terrain.sand
@@ -256,7 +260,8 @@ class Ground:
         smooth = np.zeros(nodes.shape, dtype=np.float32)
         for octave in range(_OCTAVES):
             spacing = _FINEST_OCTAVE_M * 2.0**octave
-            amplitude = np.float32(_OCTAVE_SLOPE * spacing * float(fade(spacing, grid.gsd_m, 1.4, 2.8)))
+            slope = _OCTAVE_SLOPE * (spacing / _FINEST_OCTAVE_M) ** _SLOPE_DECAY
+            amplitude = np.float32(slope * spacing * float(fade(spacing, grid.gsd_m, 1.4, 2.8)))
             if amplitude == 0:
                 continue
             local = roughness.get(_band_scale(spacing)) if spacing < 2 * BAND_SCALES_M[-1] else None
@@ -272,7 +277,7 @@ class Ground:
         """Varies the albedo by dust and sand sheets of all wavelengths."""
         for octave in range(2, _OCTAVES, 2):
             spacing = _FINEST_OCTAVE_M * 2.0**octave
-            amplitude = 0.03 * float(fade(spacing, grid.gsd_m, 2.0, 4.0))
+            amplitude = 0.02 * float(fade(spacing, grid.gsd_m, 2.0, 4.0))
             if amplitude:
                 albedo *= 1 + np.float32(amplitude) * lattice_noise(self.seed, 150 + octave, grid, spacing)
 

@@ -26,6 +26,7 @@ from .products import NOTE, ORIGIN_EASTING_M, ORIGIN_NORTHING_M, ProductPlan
 
 CRATER_SET, LANDFORM_SET = "demo-crater_seg", "demo-landform_cls"
 SMALLEST_MASKED_PX = 5.0
+OLDEST_MASKED = 0.7  # a crater degraded further is left out: nobody could outline it at this resolution
 SHOTS = (1, 2, 5, 10)
 FRACTIONS = (0.01, 0.02, 0.05, 0.10, 0.20, 0.25, 0.50)
 
@@ -35,7 +36,7 @@ _CELLS_ACROSS = 40
 _MOST_ROWS = 2000
 _WITH_CRATER = 0.8  # share of segmentation images that hold a crater
 _TILES_PER_PATCH = 4
-_LEAST_RELIEF = 0.07  # share of a landform image that its landform must shape
+_LEAST_RELIEF = 0.1  # share of a landform image that its landform must shape
 _BAND = 1  # the feature scale a CTX-like tile resolves
 _GSD_M = CAMERAS["CTX"].gsd_m
 
@@ -110,7 +111,7 @@ def _find(
         if not +missing:
             return found
         bounds = (float(wests[0]), float(norths.min()) - side, float(wests[-1]) + side, float(norths.max()))
-        craters = ground.craters(bounds, SMALLEST_MASKED_PX * _GSD_M)
+        craters = visible_craters(ground, bounds)
         wanted = set(+missing)
         for x, y, label in zip(wests, norths, classify(craters, wests, norths, wanted), strict=True):
             if label and missing[label] > 0:
@@ -144,17 +145,23 @@ def photograph(ground: Ground, grid: Grid, rng: np.random.Generator) -> tuple[np
     seen = radiance(ground.surface(wide), gsd, sun, thermal=False)
     seen = blur(seen, float(rng.uniform(0.5, 0.95)))[margin:-margin, margin:-margin]
     seen = (seen - seen.mean()) / max(float(seen.std()), 1e-4)
-    slope = rng.normal(0, 0.35, 2)
+    slope = rng.normal(0, 0.2, 2)
     y, x = np.linspace(-1, 1, rows)[:, None], np.linspace(-1, 1, columns)[None, :]
-    seen = seen + slope[0] * x + slope[1] * y + rng.normal(0, rng.uniform(0.03, 0.3), seen.shape)
+    seen = seen + slope[0] * x + slope[1] * y + rng.normal(0, rng.uniform(0.02, 0.15), seen.shape)
     picture = rng.uniform(90, 165) + rng.uniform(16, 42) * seen / seen.std()
     return np.clip(np.rint(picture), 1, 255).astype(np.uint8), sun
 
 
+def visible_craters(ground: Ground, bounds: tuple[float, float, float, float], reach: float = 1.0) -> Craters:
+    """Returns the craters a mask holds: at least five pixels across and not degraded beyond recognition."""
+    craters = ground.craters(bounds, SMALLEST_MASKED_PX * _GSD_M, reach=reach)
+    return craters.where(craters.age <= OLDEST_MASKED)
+
+
 def crater_mask(ground: Ground, grid: Grid) -> npt.NDArray[np.uint8]:
-    """Returns 1 inside the true rim of every crater of at least five pixels, 0 elsewhere."""
+    """Returns 1 inside the true rim of every visible crater (see `visible_craters`), 0 elsewhere."""
     mask = np.zeros(grid.shape, dtype=np.uint8)
-    craters = ground.craters(grid.bounds, SMALLEST_MASKED_PX * grid.gsd_m, reach=1.3)
+    craters = visible_craters(ground, grid.bounds, reach=1.3)
     for number in range(len(craters)):
         if (found := rim_distance(craters, number, grid, 1.15)) is not None:
             window, distance = found
@@ -184,9 +191,7 @@ def _write_craters(config: WorldConfig, ground: Ground, origin: float, folder: P
         rng = np.random.default_rng([config.seed, 3, number])
         count = config.crater_counts[split]
         with_crater = round(_WITH_CRATER * count)
-        spots = _find(
-            config, ground, west, {"crater": with_crater, "background": count - with_crater}, rng, classify
-        )
+        spots = _find(config, ground, west, {"crater": with_crater, "background": count - with_crater}, rng, classify)
         for kind in ("images", "masks"):
             (root / "data" / split / kind).mkdir(parents=True)
         for index, spot in enumerate(tqdm(spots, desc=f"{CRATER_SET} {split}", leave=False, disable=None)):
@@ -337,6 +342,8 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def _write_mapping(root: Path, classes: Sequence[str]) -> None:
     mapping = {str(number): name for number, name in enumerate(classes)}
     (root / "mapping.json").write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")
+    facts = {"synthetic": True, "sensor": "CTX", "gsd_m": _GSD_M, "licence": "CC0-1.0"}
+    (root / "dataset.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_readme(root: Path, what: str) -> None:

@@ -127,9 +127,7 @@ def catmull_rom_weights(t: Float64) -> Float32:
     return (np.stack(weights) / 2.0).astype(np.float32)
 
 
-def interpolate(
-    nodes: Float32, first_row: Int64, wy: Float32, first_column: Int64, wx: Float32
-) -> Float32:
+def interpolate(nodes: Float32, first_row: Int64, wy: Float32, first_column: Int64, wx: Float32) -> Float32:
     """Interpolates a node array separably with four taps on each axis.
 
     Args:

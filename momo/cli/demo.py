@@ -39,15 +39,15 @@ class DemoConfig:
     out: str = option("demo", "folder for everything the demo makes")
     seed: int = option(0, "seed of the synthetic ground, the models and the probes")
     tile_size: int = option(64, "side of a tile, pixels; a multiple of 8")
-    base_samples: int = option(24_000, "training samples of the joint base")
-    samples: int = option(40_000, "training samples of each sensor model")
-    checkpoints: int = option(10, "checkpoints of each sensor model")
-    batch_size: int = option(64, "samples a step, over all ranks")
+    base_samples: int = option(56_000, "training samples of the joint base")
+    samples: int = option(32_000, "training samples of each sensor model")
+    checkpoints: int = option(8, "checkpoints of each sensor model")
+    batch_size: int = option(32, "samples a step, over all ranks")
     ranks: int | None = option(None, "training processes; null: two when there are two cores")
     tiles_per_product: int = option(320, "size of a synthetic product, in tiles")
     products: int = option(5, "synthetic products of each camera")
     labelled_images: int = option(300, "training images of each synthetic labelled set")
-    decoder_steps: int = option(200, "steps of the segmentation decoder")
+    decoder_steps: int = option(150, "steps of the segmentation decoder")
     seeds: list[int] = option([0, 1, 2], "seeds of the probes")
 
     def __post_init__(self) -> None:
@@ -170,6 +170,7 @@ def _after_training(
         "selection": str(selection),
         "weights": [
             {"name": "evl-merge", "path": str(merged)},
+            {"name": "joint-base", "path": str(base)},
             *({"name": name, "path": str(path)} for name, path in finals.items()),
         ],
         "corpora": [str(path) for path in corpora.values()],
@@ -216,14 +217,16 @@ def _pretrain(
         "train": {
             "samples": samples,
             "batch_size": config.batch_size,
-            "base_lr": 4e-3,
+            "base_lr": 0.01,
             "warmup_samples": samples // 10,
             "precision": "fp32",
         },
+        # Standardised patches: with raw pixels so short a training learns brightness and little else.
+        "model": {"norm_pix_loss": True},
         "validation": {"every": max(config.batch_size, samples // checkpoints), "samples": 256},
     }
     if base is None:
-        values["model"] = {"size": "pico", "patch_size": 8}
+        values["model"] |= {"size": "pico", "patch_size": 8}
     else:
         values["base"] = str(base)
     return values
