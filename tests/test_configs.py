@@ -30,7 +30,8 @@ def test_example_loads(name):
 def test_real_data_configs_load(path, monkeypatch):
     monkeypatch.setenv("MOMO_REAL_DATA", "somewhere")
     schema, _ = COMMANDS[path.stem.split("_")[0]].load()
-    assert load_config(schema, path, ["out=corpus"])
+    extra = ["data.corpora=[c]"] if path.stem == "pretrain" else []
+    assert load_config(schema, path, ["out=corpus", *extra])
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "deepspeed").glob("*.json")), ids=lambda path: path.stem)
