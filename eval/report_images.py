@@ -253,10 +253,17 @@ def reconstructions(
         name=f"reconstructions-{slug(sensor)}-{corpus.manifest.fingerprint[:6]}",
         heading=sensor,
         text=f"{'Validation' if split == 'val' else 'Training'} tiles. Error: mean squared error over the "
-        "hidden, valid pixels of that tile, in normalised units; lower is better.",
+        "hidden, valid pixels of that tile, in normalised units; lower is better."
+        + (_STANDARDISED if any(shown.card.objective.get("norm_pix_loss") for shown in fitting) else ""),
         rows=rows,
         columns=["input", "masked", *(shown.name for shown in fitting)],
     )
+
+
+_STANDARDISED = (
+    " These models predict standardised patches: the shape inside a hidden patch is theirs, its mean and contrast are"
+    " taken from the true patch, because the model does not say them."
+)
 
 
 def _fullness(tile: Tile) -> float:

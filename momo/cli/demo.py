@@ -39,14 +39,14 @@ class DemoConfig:
     out: str = option("demo", "folder for everything the demo makes")
     seed: int = option(0, "seed of the synthetic ground, the models and the probes")
     tile_size: int = option(64, "side of a tile, pixels; a multiple of 8")
-    base_samples: int = option(56_000, "training samples of the joint base")
-    samples: int = option(32_000, "training samples of each sensor model")
-    checkpoints: int = option(8, "checkpoints of each sensor model")
-    batch_size: int = option(32, "samples a step, over all ranks")
+    base_samples: int = option(64_000, "training samples of the joint base")
+    samples: int = option(28_000, "training samples of each sensor model")
+    checkpoints: int = option(7, "checkpoints of each sensor model")
+    batch_size: int = option(16, "samples a step, over all ranks")
     ranks: int | None = option(None, "training processes; null: two when there are two cores")
     tiles_per_product: int = option(320, "size of a synthetic product, in tiles")
     products: int = option(5, "synthetic products of each camera")
-    labelled_images: int = option(300, "training images of each synthetic labelled set")
+    labelled_images: int = option(420, "training images of each synthetic labelled set")
     decoder_steps: int = option(150, "steps of the segmentation decoder")
     seeds: list[int] = option([0, 1, 2], "seeds of the probes")
 
@@ -198,7 +198,7 @@ def _world(config: DemoConfig, out: Path) -> dict[str, Any]:
         "tile_size": config.tile_size,
         "products": config.products,
         "tiles_per_product": config.tiles_per_product,
-        "crater_images": config.labelled_images * 4 // 5,
+        "crater_images": config.labelled_images * 4 // 7,
         "landform_images": config.labelled_images,
     }
 
@@ -217,7 +217,7 @@ def _pretrain(
         "train": {
             "samples": samples,
             "batch_size": config.batch_size,
-            "base_lr": 0.01,
+            "base_lr": 0.016,
             "warmup_samples": samples // 10,
             "precision": "fp32",
         },

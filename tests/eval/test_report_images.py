@@ -151,6 +151,14 @@ def test_reconstructions_show_the_models_of_the_sensor_with_their_loss(corpus, t
     assert painted.note == f"error {loss:.3f}"
 
 
+def test_standardised_patches_are_not_passed_off_as_painted_brightness(corpus, tmp_path):
+    texts = []
+    for name, objective in (("plain", {}), ("standardised", {"norm_pix_loss": True})):
+        shown = load_shown_model(name, write_weights(tmp_path / name, objective=objective))
+        texts.append(reconstructions(corpus, [shown], count=1, seed=0, skipped=[]).text)
+    assert "taken from the true patch" not in texts[0] and "taken from the true patch" in texts[1]
+
+
 def test_sensor_constants_of_a_card_are_used(tmp_path):
     card = load_card(write_weights(tmp_path / "w"))
     card.normalisation = {"policy": "sensor_zscore", "mean": None, "std": None, "clip": 4.0}
