@@ -1,6 +1,6 @@
 """Times EVL selection by one sweep against trying every tuple, on the same curves in one run.
 
-    python scripts/bench/evl.py
+python scripts/bench/evl.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Times training samples made from shards, kept decoded, and from one PNG a tile, on the same tiles in one run.
 
-    python scripts/bench/tiles.py
+python scripts/bench/tiles.py
 """
 
 from __future__ import annotations
