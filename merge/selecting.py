@@ -175,7 +175,7 @@ def _apply_rule(rule: str, curves: list[Curve], epsilon: float) -> tuple[Pick, l
         if pick.feasible:
             return pick, []
         return pick, [
-            f"NO TUPLE AGREES within the requested epsilon {epsilon:.4g}: the smallest feasible epsilon "
+            f"NO TUPLE AGREES within epsilon {epsilon:.4g}: the smallest feasible epsilon "
             f"{pick.epsilon:.4g} was used instead, so these losses are not equal at the level asked for."
         ]
     indices = tuple((early_stop if rule == "early_stop" else last)(curve) for curve in candidates)
