@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from momo.files import atomic_file
 from momo.sensors import sensor_colour
 
+from .curves import Curve
 from .evl import Pick, early_stop
-
-if TYPE_CHECKING:
-    from .selecting import Curve
 
 
 def plot_selection(curves: list[Curve], pick: Pick, rule: str, out: Path) -> None:

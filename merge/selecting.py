@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from momo.errors import CheckpointError, MergeError
+from momo.errors import MergeError
 from momo.extras import require
-from momo.runs import CONFIG_NAME, Checkpoint, read_checkpoints
-from momo.sensors import SENSORS
+from momo.runs import CONFIG_NAME
 from momo.weights import load_card
 
 from .config import SelectConfig
-from .evl import Candidate, Pick, distance, early_stop, last, select_evl
+from .curves import Curve, read_curve, sensor_order
+from .evl import Pick, distance, early_stop, last, select_evl
 from .plot import plot_selection
 from .selection import Chosen, Selection
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The checkpoints of one sensor's run with their validation losses."""
-
-    sensor: str
-    run: Path
-    checkpoints: list[Checkpoint]
-
-    @property
-    def candidates(self) -> list[Candidate]:
-        """The curve as the selection rules see it."""
-        return [Candidate(c.samples, self.val_loss(i)["loss"]) for i, c in enumerate(self.checkpoints)]
-
-    def val_loss(self, index: int) -> dict[str, Any]:
-        """Returns loss, stderr and count of one checkpoint."""
-        val_loss = self.checkpoints[index].card.val_loss
-        assert val_loss is not None
-        return val_loss
 
 
 def select(config: SelectConfig) -> Path:
@@ -55,7 +34,7 @@ def select(config: SelectConfig) -> Path:
         MergeError: The runs do not belong together: other base, other validation protocol, two of one sensor.
     """
     require("matplotlib.figure", "eval")
-    curves = sorted((_read_curve(Path(run)) for run in config.runs), key=lambda curve: _sensor_order(curve.sensor))
+    curves = sorted((read_curve(Path(run)) for run in config.runs), key=lambda curve: sensor_order(curve.sensor))
     _check_comparable(curves)
     base = _find_base(config, curves)
     requested = config.epsilon
@@ -104,26 +83,6 @@ def epsilon_from_errors(curves: list[Curve]) -> float:
         medians.append(sorted(errors)[len(errors) // 2])
     first, second = sorted(medians)[-2:]
     return 2 * math.hypot(first, second)
-
-
-def _read_curve(run: Path) -> Curve:
-    checkpoints = read_checkpoints(run)
-    sensors = [sensor["name"] for sensor in checkpoints[-1].card.sensors]
-    if len(sensors) != 1:
-        raise MergeError(
-            "a run is not of one sensor",
-            seen=f"{run}: {', '.join(sensors) or 'none named'}",
-            rule="selection is over runs of one sensor each",
-            fix="leave the joint run out",
-        )
-    for checkpoint in checkpoints:
-        if checkpoint.card.val_loss is None:
-            raise CheckpointError("a checkpoint has no validation loss", seen=checkpoint.path)
-    return Curve(sensors[0], run, checkpoints)
-
-
-def _sensor_order(name: str) -> tuple[int, str]:
-    return (list(SENSORS).index(name) if name in SENSORS else len(SENSORS), name)
 
 
 def _check_comparable(curves: list[Curve]) -> None:
