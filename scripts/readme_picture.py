@@ -1,6 +1,6 @@
 """Puts figures of a finished demo together into the picture of the README.
 
-    python scripts/readme_picture.py demo docs/images/demo.png
+python scripts/readme_picture.py demo docs/images/demo.png
 """
 
 from __future__ import annotations
