@@ -24,6 +24,7 @@ from ..runs import read_checkpoints
 from .checkpoint import latest_resumable
 from .config import PretrainConfig
 from .data import open_sources
+from .optimisation import warmup_length
 from .setup import engine_config, make_start, store_config
 
 
@@ -91,6 +92,12 @@ def _prepare(config: PretrainConfig) -> None:
         f"batch     {train.batch_size} = {config.ranks} x {train.batch_size // config.ranks}; {steps:,} steps = "
         f"{steps * train.batch_size:,} samples = {steps * train.batch_size / tiles:.1f} epochs"
     )
+    warmup = warmup_length(train)
+    cut = f" (train.warmup_samples={train.warmup_samples:,} is cut to a tenth of the run)"
+    print(
+        f"schedule  peak learning rate {train.base_lr * train.batch_size / 256:.3g} after {warmup:,} samples"
+        + (cut if warmup < train.warmup_samples else "")
+    )
     newest = latest_resumable(Path(config.out))
     if newest is not None:
         state = "complete already" if _complete(config) else f"continues at {newest.samples:,} samples"
@@ -100,12 +107,16 @@ def _prepare(config: PretrainConfig) -> None:
 def _spawn(config: PretrainConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            torch.multiprocessing.start_processes(
+            ranks = torch.multiprocessing.start_processes(
                 _rank_main,
                 args=(config.ranks, str(Path(folder) / "store"), to_dict(config)),
                 nprocs=config.ranks,
+                join=False,
                 start_method="spawn",
             )
+            # When one rank fails the others may sit in a collective and not hear SIGTERM: they get five seconds.
+            while not ranks.join(grace_period=5):
+                pass
         except torch.multiprocessing.ProcessExitedException as error:
             _raise_told(Path(folder))
             raise MomoError(

@@ -10,15 +10,20 @@ from torch import nn
 from .config import TrainOptions
 
 
+def warmup_length(options: TrainOptions) -> int:
+    """Returns the samples of warm-up: those asked for, or a tenth of the run when that is less."""
+    return min(options.warmup_samples, options.samples // 10)
+
+
 def learning_rate(options: TrainOptions, samples: int) -> float:
     """Returns the learning rate after `samples` training samples.
 
     Linear warm-up to base_lr * batch_size / 256 (Goyal et al. 2017, arXiv 1706.02677), then half a cosine down to
-    `min_lr` at the end of the run (Loshchilov and Hutter 2017, arXiv 1608.03983). When the warm-up is longer than a
-    tenth of the run it is cut to a tenth, so that short runs leave it.
+    `min_lr` at the end of the run (Loshchilov and Hutter 2017, arXiv 1608.03983). The warm-up is never longer than a
+    tenth of the run, so that short runs leave it.
     """
     peak = options.base_lr * options.batch_size / 256
-    warmup = min(options.warmup_samples, options.samples // 10)
+    warmup = warmup_length(options)
     if samples < warmup:
         return peak * samples / warmup
     progress = (samples - warmup) / max(1, options.samples - warmup)

@@ -293,6 +293,16 @@ def test_two_ranks_killed_and_resumed_give_the_same_bytes(tmp_path):
     assert vals[0] == vals[1]
 
 
+@pytest.mark.slow
+def test_an_error_of_a_rank_is_told_once_by_the_launching_process(tiny_corpus, tmp_path, capfd):
+    config = make_config(tmp_path / "run", tiny_corpus, "ranks=2", "train.base_lr=1e38", "train.warmup_samples=1000")
+    with pytest.raises(MomoError, match=r"not finite|diverged"):
+        pretrain(config)
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    assert "train.warmup_samples=1,000 is cut to a tenth of the run" in out
+
+
 def test_finished_run_is_left_alone(tiny_corpus, tmp_path, one_rank, capsys, monkeypatch):
     config = make_config(tmp_path / "run", tiny_corpus)
     run = train_here(config)
