@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -111,7 +112,7 @@ def _read_yaml(path: Path) -> Any:
         raise ConfigError(
             "the configuration file does not exist", seen=path, fix="check the path after --config"
         ) from None
-    except Exception as error:
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             "the configuration file cannot be read", seen=f"{path}: {reason}", rule="it is YAML"

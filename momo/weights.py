@@ -215,8 +215,8 @@ def load_weights(
 
     Args:
         path: Folder or safetensors file.
-        expected: When given, exactly these names with these shapes must be there; other names are left unread
-            only if they are not expected and `expected` is an encoder subset chosen by the caller.
+        expected: When given, these names with these shapes must be there and only they are read, so that an encoder
+            can be taken out of a whole autoencoder. None reads everything.
         check_hash: Compare the file's hash with the card's.
 
     Raises:

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
-    except Exception:
+    except Exception:  # the last line of defence: whatever comes here is a bug, and says so
         traceback.print_exc()
         print(f"momo: this is a bug in momo {__version__}; please report it with the lines above", file=sys.stderr)
         return BUG

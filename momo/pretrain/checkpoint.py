@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..files import remove_leftovers
 from ..runs import CONFIG_NAME, Checkpoint, checkpoint_name, find_checkpoints
 from ..weights import Card, save_weights
@@ -106,6 +106,29 @@ def check_same_run(stored: dict[str, Any], wanted: dict[str, Any], config: Pretr
             seen=f"{Path(config.out) / CONFIG_NAME}: {shown}",
             rule="a run continues only as it began",
             fix="give the old values, or another `out`",
+        )
+
+
+def check_same_inputs(newest: Checkpoint, wanted: Card) -> None:
+    """Refuses to continue a run whose corpora or base were exchanged under the same paths.
+
+    Args:
+        newest: The checkpoint the run would continue from.
+        wanted: The card that its next checkpoint would get.
+
+    Raises:
+        DataError: A corpus has another fingerprint, or the base another hash.
+    """
+    before = newest.card.data_fingerprints | {"base": newest.card.base_sha256 or "none"}
+    now = wanted.data_fingerprints | {"base": wanted.base_sha256 or "none"}
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if changed:
+        shown = "; ".join(f"{n} was {before.get(n, 'none')[:12]}, is {now.get(n, 'none')[:12]}" for n in changed)
+        raise DataError(
+            "the run was started on other data or another base",
+            seen=shown,
+            rule="a run continues on the very tiles and base it began with",
+            fix="put them back, or give another `out`",
         )
 
 

@@ -21,11 +21,11 @@ from ..errors import ConfigError, MomoError
 from ..extras import require, require_installed
 from ..files import write_json
 from ..runs import read_checkpoints
-from .checkpoint import latest_resumable
+from .checkpoint import check_same_inputs, latest_resumable
 from .config import PretrainConfig
 from .data import open_sources
 from .optimisation import warmup_length
-from .setup import engine_config, make_start, store_config
+from .setup import engine_config, make_card, make_start, store_config
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -100,6 +100,7 @@ def _prepare(config: PretrainConfig) -> None:
     )
     newest = latest_resumable(Path(config.out))
     if newest is not None:
+        check_same_inputs(newest, make_card(config, sources, start))
         state = "complete already" if _complete(config) else f"continues at {newest.samples:,} samples"
         print(f"resume    {state} ({newest.path.name})")
 

@@ -293,6 +293,22 @@ def test_two_ranks_killed_and_resumed_give_the_same_bytes(tmp_path):
     assert vals[0] == vals[1]
 
 
+def test_exchanged_corpus_or_base_is_not_continued(tmp_path, one_rank, monkeypatch):
+    corpus, base = write_corpus(tmp_path / "c"), write_weights(tmp_path / "base")
+    config = make_config(tmp_path / "run", corpus, f"base={base}", "model.size=null", "model.patch_size=null")
+    train_here(config, stop_after=16)
+    for key in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(key)
+    shutil.rmtree(corpus)
+    write_corpus(corpus, seed=9)
+    with pytest.raises(DataError, match=r"started on other data or another base: CTX was \w{12}, is \w{12}\."):
+        pretrain(config)
+    shutil.rmtree(base)
+    write_weights(base, seed=9)
+    with pytest.raises(DataError, match=r"CTX was .*; base was \w{12}, is \w{12}"):
+        pretrain(config)
+
+
 @pytest.mark.slow
 def test_an_error_of_a_rank_is_told_once_by_the_launching_process(tiny_corpus, tmp_path, capfd):
     config = make_config(tmp_path / "run", tiny_corpus, "ranks=2", "train.base_lr=1e38", "train.warmup_samples=1000")
