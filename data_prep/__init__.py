@@ -7,12 +7,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import PrepConfig as PrepConfig
+    from .describe import DescribeConfig as DescribeConfig
+    from .describe import describe as describe
+    from .import_momo import ImportConfig as ImportConfig
+    from .import_momo import import_momo as import_momo
+    from .run import PrepResult as PrepResult
     from .run import prep as prep
+    from .verify import VerifyConfig as VerifyConfig
+    from .verify import verify as verify
     from .world import WorldConfig as WorldConfig
     from .world import make_world as make_world
 
-_HOME = {"PrepConfig": ".config", "prep": ".run", "WorldConfig": ".world", "make_world": ".world"}
-__all__ = ["PrepConfig", "WorldConfig", "make_world", "prep"]
+_HOME = {
+    "PrepConfig": ".config", "PrepResult": ".run", "prep": ".run", "DescribeConfig": ".describe",
+    "describe": ".describe", "VerifyConfig": ".verify", "verify": ".verify", "ImportConfig": ".import_momo",
+    "import_momo": ".import_momo", "WorldConfig": ".world", "make_world": ".world",
+}  # fmt: skip
+__all__ = [
+    "DescribeConfig",
+    "ImportConfig",
+    "PrepConfig",
+    "PrepResult",
+    "VerifyConfig",
+    "WorldConfig",
+    "describe",
+    "import_momo",
+    "make_world",
+    "prep",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,13 +6,13 @@ A `Product` is plain data, so it can travel to another process and be opened the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from xml.sax.saxutils import escape
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,47 +21,26 @@ from momo.errors import DataError
 from momo.extras import require
 from momo.sensors import sensor_from_instrument
 
+from .collar import find_collar
+from .containers import check_container
 from .georeference import Georeference, read_georeference
-from .labels import Label, LineLayout, read_label
+from .labels import read_label, readable_label
+from .layout import check_layout
+from .observation import Observation, read_observation
+from .raw import RawLayout, open_raw
+from .validity import Validity, read_validity, saturation_levels
+
+if TYPE_CHECKING:
+    from .resample import Resampling
+    from .sources import Source
+
+__all__ = ["Product", "Validity", "gdal_module", "inspect", "open_product", "quiet_gdal", "read_window"]
 
 _NUMPY = {
     "Byte": "uint8", "Int8": "int8", "UInt16": "uint16", "Int16": "int16", "UInt32": "uint32", "Int32": "int32",
     "Float32": "float32", "Float64": "float64",
 }  # fmt: skip
-# Range of ISIS pixels that are measurements; outside lie NULL, LRS, LIS, HIS and HRS (USGS ISIS, SpecialPixel.h):
-# 8-bit 0 and 255; unsigned 16-bit 0, 1, 2, 65534, 65535; signed 16-bit -32768..-32764.
-_ISIS_VALID = {"uint8": (1, 254), "uint16": (3, 65522), "int16": (-32752, 32767)}
-# Real ISIS special pixels are the float32 bit patterns FF7FFFFB..FF7FFFFF; FF7FFFFA is the smallest measurement.
-_ISIS_VALID_MIN4 = float(np.frombuffer(bytes.fromhex("FF7FFFFA"), dtype=">f4")[0])
-
-
-@dataclass(frozen=True)
-class Validity:
-    """Which pixels are measurements.
-
-    Attributes:
-        special: Values that are no measurement.
-        minimum: Smallest measurement.
-        maximum: Largest measurement.
-        mask_band: Ask GDAL's mask band too (alpha, PDS4 special constants, per-dataset masks).
-    """
-
-    special: tuple[float, ...] = ()
-    minimum: float = -math.inf
-    maximum: float = math.inf
-    mask_band: bool = False
-
-    def __call__(self, raw_HW: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Returns True where `raw_HW` holds a measurement, GDAL's mask band aside."""
-        valid = np.isfinite(raw_HW) if raw_HW.dtype.kind == "f" else np.ones(raw_HW.shape, dtype=bool)
-        if self.minimum > -math.inf:
-            valid &= raw_HW >= self.minimum
-        if self.maximum < math.inf:
-            valid &= raw_HW <= self.maximum
-        for value in self.special:
-            if not math.isnan(value):
-                valid &= raw_HW != (raw_HW.dtype.type(value) if raw_HW.dtype.kind == "f" else value)
-        return valid
+_JPEG2000 = ("JP2OpenJPEG", "JP2KAK", "JP2ECW", "JP2MrSID")
 
 
 @dataclass(frozen=True)
@@ -70,9 +49,9 @@ class Product:
 
     Attributes:
         name: What GDAL opens.
-        source: The file given by the user.
+        source: What the user gave.
         files: All files the product consists of.
-        product_id: From the label, else the file stem; made unique in a corpus.
+        product_id: From the user, the label or the file name; made unique in a corpus.
         instrument: As the label spells it, or "".
         driver: GDAL's short name of the format.
         band: Band number, from 1.
@@ -84,13 +63,17 @@ class Product:
         validity: Which pixels are measurements.
         georeference: Where the pixels lie.
         gsd_m: Ground sample distance in metres, NaN when unknown.
+        native_gsd_m: The product's own, when `gsd_m` is that of a resampled grid.
         licence: SPDX identifier.
-        lines: Line layout, when GDAL's own reading is sheared and the product is read through a raw VRT.
+        observation: When and under which light it was taken.
+        saturation: Raw levels at and beyond which a pixel is saturated, low and high; -inf, inf when none.
+        lines: Layout of the file, when GDAL's own reading is wrong and the product is read through a raw VRT.
+        resampling: The grid it is read on instead of its own, or None.
         notes: Traps met and mended.
     """
 
     name: str
-    source: Path
+    source: Source
     files: tuple[str, ...]
     product_id: str
     instrument: str
@@ -105,7 +88,11 @@ class Product:
     georeference: Georeference
     gsd_m: float
     licence: str
-    lines: LineLayout | None = None
+    native_gsd_m: float = math.nan
+    observation: Observation = field(default_factory=Observation)
+    saturation: tuple[float, float] = (-math.inf, math.inf)
+    lines: RawLayout | None = None
+    resampling: Resampling | None = None
     notes: tuple[str, ...] = field(default_factory=tuple)
 
     @property
@@ -128,6 +115,8 @@ def gdal_module() -> Any:
     """
     gdal = require("osgeo.gdal", "prep")
     gdal.UseExceptions()
+    # GDAL would write a `.properties` file beside a gzip file whose size is asked for: archives are not ours to write.
+    gdal.SetConfigOption("CPL_VSIL_GZIP_WRITE_PROPERTIES", "NO")
     return gdal
 
 
@@ -143,77 +132,120 @@ def quiet_gdal() -> Iterator[list[str]]:
 
 
 def inspect(
-    source: Path, *, band: int = 1, nodata: list[float] | None = None, gsd_m: float | None = None,
-    licence: str = "unknown",
+    source: Source, *, band: int = 1, nodata: list[float] | None = None, gsd_m: float | None = None,
+    licence: str = "unknown", collar: str = "auto", product_id: str | None = None, acquired: str | None = None,
 ) -> Product:  # fmt: skip
-    """Reads everything about a product except its pixels.
+    """Reads everything about a product except its pixels, and checks its label against its bytes.
 
     Args:
-        source: The file, or the detached label that names it.
+        source: The file, URL or archive member, or the detached label that names it.
         band: Band number, from 1.
         nodata: Values that mean no data instead of those the file declares; None trusts the file.
         gsd_m: Metres a pixel, used where the file has no georeference.
         licence: SPDX identifier.
+        collar: `auto` takes a border of zeros for no data where nothing else is declared; `off` does not.
+        product_id: Product id instead of the label's.
+        acquired: Acquisition time instead of the label's, ISO 8601.
 
     Raises:
-        DataError: The file is missing or unreadable, has no such band or an unusable CRS, or is not on Mars.
+        DataError: The file is missing, unreadable or shorter than its label says, label and file disagree, it has no
+            such band or an unusable CRS, or is not on Mars.
     """
-    name = f"/vsigzip/{source.resolve()}" if source.suffix.lower() == ".gz" else str(source)
-    with quiet_gdal() as messages:
-        dataset = _open(source, name)
-        pixels = _band(dataset, source, band)
-        dtype = _NUMPY[gdal_module().GetDataTypeName(pixels.DataType)]
-        label = read_label(dataset)
-        georeference, moved = read_georeference(dataset, source.name, messages)
-        lines, notes = _mend_lines(dataset, name, label)
-        validity, more = _validity(dataset, pixels, dtype, label, nodata)
-        own_gsd = georeference.gsd_m
+    with quiet_gdal() as messages, _readable(source), readable_label(source.display):
+        checked = check_container(source.name)
+        dataset = _open(source, source.name)
+        driver = dataset.GetDriver().ShortName
+        labelled = _with_label(dataset, source)
+        label, observation = read_label(labelled), read_observation(labelled)
+        georeference, moved = read_georeference(dataset, source.display, messages)
+        opened = dataset
+        _check_band(opened, source, band)
+        lines, notes = check_layout(dataset, source.name, band)
+        if lines:
+            opened = open_raw(lines)
+        pixels, dtype = _check_band(opened, source, band)
+        validity, more = read_validity(dataset, pixels, dtype, label, nodata)
+        validity, found = _without_collar(opened, band, dtype, validity, collar if nodata is None else "off")
+        gsd, told = _gsd(georeference.gsd_m, gsd_m, observation.gsd_m)
+        own = dataset.GetRasterBand(band)
+        files = [*(dataset.GetFileList() or [source.name]), *(labelled.GetFileList() or [])]
+        said = [f"GDAL says: {text}" for text in dict.fromkeys(messages)]
         return Product(
-            name=name,
+            name=source.name,
             source=source,
-            files=tuple(dataset.GetFileList() or [name]),
-            product_id=label.product_id or _stem(source),
+            files=tuple(dict.fromkeys(files)),
+            product_id=product_id or label.product_id or _stem(source),
             instrument=label.instrument,
-            driver=dataset.GetDriver().ShortName,
+            driver=driver,
             band=band,
-            width=dataset.RasterXSize,
-            height=dataset.RasterYSize,
+            width=opened.RasterXSize,
+            height=opened.RasterYSize,
             dtype=dtype,
-            scale=1.0 if pixels.GetScale() is None else float(pixels.GetScale()),
-            offset_value=0.0 if pixels.GetOffset() is None else float(pixels.GetOffset()),
+            scale=1.0 if own.GetScale() is None else float(own.GetScale()),
+            offset_value=0.0 if own.GetOffset() is None else float(own.GetOffset()),
             validity=validity,
             georeference=georeference,
-            gsd_m=own_gsd if math.isfinite(own_gsd) else (gsd_m or math.nan),
+            gsd_m=gsd,
+            native_gsd_m=gsd,
             licence=licence,
+            observation=dataclasses.replace(observation, acquired=acquired) if acquired else observation,
+            saturation=saturation_levels(own, dtype, label, validity),
             lines=lines,
-            notes=(*notes, *moved, *more, *(f"GDAL says: {text}" for text in dict.fromkeys(messages))),
+            notes=(*checked, *notes, *moved, *more, *found, *told, *said),
         )
 
 
-def _stem(source: Path) -> str:
-    return (source.with_suffix("") if source.suffix.lower() == ".gz" else source).stem
+def _stem(source: Source) -> str:
+    path = Path(source.display)
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).stem
 
 
-def _open(source: Path, name: str) -> Any:
-    if not source.exists():
-        raise DataError("a product does not exist", seen=source, fix="check `products`")
+def _open(source: Source, name: str) -> Any:
+    if source.path is not None and not source.path.exists():
+        raise DataError("a product does not exist", seen=source.path, fix="check `products`")
     try:
         return gdal_module().Open(name)
     except RuntimeError as error:
         raise DataError(
             "GDAL cannot open the product",
-            seen=f"{source}: {' '.join(str(error).split())}",
+            seen=f"{source.path or name}: {' '.join(str(error).split())}",
             rule="an image in a format of this GDAL (gdalinfo --formats), whole, or its detached label",
             fix="check it with gdalinfo; for an .img with a .lbl or .xml beside it give the label",
         ) from None
 
 
-def _band(dataset: Any, source: Path, number: int) -> Any:
+@contextlib.contextmanager
+def _readable(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise DataError(
+            "a product is damaged",
+            seen=f"{source.path or source.name}: {' '.join(str(error).split())}",
+            fix="check it with gdalinfo; fetch it again and compare its checksum",
+        ) from None
+
+
+def _with_label(dataset: Any, source: Source) -> Any:
+    """Returns the PDS3 label beside a JPEG 2000 file, opened, or the dataset itself."""
+    if dataset.GetDriver().ShortName not in _JPEG2000 or source.path is None or source.name.startswith("/vsi"):
+        return dataset
+    for suffix in (".LBL", ".lbl"):
+        path = source.path.with_suffix(suffix)
+        if path.is_file():
+            with contextlib.suppress(RuntimeError):  # a label that GDAL cannot open says nothing about this file
+                label = gdal_module().Open(str(path))
+                if source.path.name in [Path(file).name for file in label.GetFileList() or []]:
+                    return label
+    return dataset
+
+
+def _check_band(dataset: Any, source: Source, number: int) -> tuple[Any, str]:
     gdal = gdal_module()
     if number > dataset.RasterCount:
         raise DataError(
             "the product has no such band",
-            seen=f"{source.name}: band {number} of {dataset.RasterCount}",
+            seen=f"{source.display}: band {number} of {dataset.RasterCount}",
             fix="set `band`, or a rule for this product",
         )
     band = dataset.GetRasterBand(number)
@@ -221,107 +253,32 @@ def _band(dataset: Any, source: Path, number: int) -> Any:
     if kind not in _NUMPY or band.GetColorInterpretation() == gdal.GCI_PaletteIndex:
         raise DataError(
             "the pixels are no intensities",
-            seen=f"{source.name}: {'palette indices' if kind in _NUMPY else kind}",
+            seen=f"{source.display}: {'palette indices' if kind in _NUMPY else kind}",
             rule="integers or real numbers that grow with brightness",
             fix="expand a palette with gdal_translate -expand gray",
         )
-    return band
+    return band, _NUMPY[kind]
 
 
-def _validity(
-    dataset: Any, band: Any, dtype: str, label: Label, nodata: list[float] | None
-) -> tuple[Validity, list[str]]:
-    gdal, notes = gdal_module(), []
-    flags, declared = band.GetMaskFlags(), band.GetNoDataValue()
-    is_isis = dataset.GetDriver().ShortName == "ISIS3"
-    minimum, maximum = _ISIS_VALID.get(dtype, (-math.inf, math.inf)) if is_isis else (-math.inf, math.inf)
-    if dtype.startswith("float"):
-        minimum = max(minimum, _ISIS_VALID_MIN4)
-    if nodata is not None:
-        special = tuple(nodata)
-        mask_band = bool(flags & (gdal.GMF_ALPHA | gdal.GMF_PER_DATASET)) and not flags & gdal.GMF_NODATA
-    else:
-        special = label.special or (() if declared is None else (float(declared),))
-        if label.special and declared is not None and float(declared) not in label.special:
-            notes.append(f"no-data is {_values(label.special)} by the label, not {declared:g} as GDAL reads it")
-        if label.minimum is not None:
-            minimum = max(minimum, label.minimum)
-        mask_band = not is_isis and flags not in (gdal.GMF_ALL_VALID, gdal.GMF_NODATA)
-    return Validity(special, minimum, maximum, mask_band), notes
-
-
-def _values(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
-
-
-def _mend_lines(dataset: Any, name: str, label: Label) -> tuple[LineLayout | None, list[str]]:
-    """Decides whether GDAL ignores the bytes before and after each line, by which reading is an image.
-
-    Raises:
-        DataError: The label cannot be right either: neither reading holds together.
-    """
-    if label.lines is None:
-        return None, []
-    note = f"each line has {label.lines.prefix} + {label.lines.suffix} extra bytes"
-    if label.lines.start < 0 or dataset.RasterCount != 1 or name.startswith("/vsi"):
-        raise _sheared(name, f"{note}, and the image is detached, compressed or has several bands")
-    rows = min(256, dataset.RasterYSize)
-    top = (dataset.RasterYSize - rows) // 2
-    try:
-        mended = gdal_open_raw(dataset, name, label.lines).ReadAsArray(0, top, dataset.RasterXSize, rows)
-    except RuntimeError as error:
-        raise _sheared(name, f"{note}: {' '.join(str(error).split())}") from None
-    plain = dataset.ReadAsArray(0, top, dataset.RasterXSize, rows)
-    if np.array_equal(plain, mended):
-        return None, []
-    jump_mended, jump_plain = (float(np.abs(np.diff(a.astype(np.float64), axis=0)).mean()) for a in (mended, plain))
-    if jump_mended >= jump_plain:
-        raise _sheared(
-            name, f"{note}; read so, lines differ by {jump_mended:.4g} on average, without by {jump_plain:.4g}"
-        )
-    return label.lines, [
-        f"{note}, not all skipped by GDAL: read with the label's line length "
-        f"(neighbouring lines differ by {jump_mended:.4g} instead of {jump_plain:.4g})"
-    ]
-
-
-def _sheared(name: str, seen: str) -> DataError:
-    return DataError(
-        "the product would be read sheared",
-        seen=f"{Path(name).name}: {seen}",
-        rule="LINE_PREFIX_BYTES and LINE_SUFFIX_BYTES must be skipped",
-        fix="convert it with ISIS (for example hi2isis) and give the cube",
+def _without_collar(dataset: Any, band: int, dtype: str, validity: Validity, collar: str) -> tuple[Validity, list[str]]:
+    declared = bool(validity.special) or validity.mask_band or not validity(np.zeros((1, 1), dtype=dtype)).all()
+    value = find_collar(dataset, band, dtype, declared) if collar == "auto" else None
+    if value is None:
+        return validity, []
+    note = (
+        f"its border is filled with {value:g}, and no no-data is declared: {value:g} is taken as no data (collar=off)"
     )
+    return dataclasses.replace(validity, special=(*validity.special, value)), [note]
 
 
-def gdal_open_raw(dataset: Any, name: str, lines: LineLayout) -> Any:
-    """Opens a one-band raw image through a VRT that skips the bytes before and after each line."""
-    gdal = gdal_module()
-    kind = gdal.GetDataTypeName(dataset.GetRasterBand(1).DataType)
-    sample = gdal.GetDataTypeSize(dataset.GetRasterBand(1).DataType) // 8
-    order = "LSB" if "LSB" in _sample_type(dataset) or "PC_" in _sample_type(dataset) else "MSB"
-    xml = (
-        f'<VRTDataset rasterXSize="{dataset.RasterXSize}" rasterYSize="{dataset.RasterYSize}">'
-        f'<VRTRasterBand dataType="{kind}" band="1" subClass="VRTRawRasterBand">'
-        f'<SourceFilename relativetoVRT="0">{escape(str(Path(name).resolve()))}</SourceFilename>'
-        f"<ImageOffset>{lines.start + lines.prefix}</ImageOffset><PixelOffset>{sample}</PixelOffset>"
-        f"<LineOffset>{lines.prefix + dataset.RasterXSize * sample + lines.suffix}</LineOffset>"
-        f"<ByteOrder>{order}</ByteOrder></VRTRasterBand></VRTDataset>"
-    )
-    # From GDAL 3.7 on raw bands in a VRT are refused unless their place is allowed; this VRT is our own.
-    key = "GDAL_VRT_RAWRASTERBAND_ALLOWED_SOURCE"
-    before = gdal.GetThreadLocalConfigOption(key)
-    gdal.SetThreadLocalConfigOption(key, "ALL")
-    try:
-        return gdal.Open(xml)
-    finally:
-        gdal.SetThreadLocalConfigOption(key, before)
-
-
-def _sample_type(dataset: Any) -> str:
-    text = (dataset.GetMetadata_List("json:PDS") or [""])[0]
-    found = re.search(r'"SAMPLE_TYPE"\s*:\s*"([A-Z_ ]+)"', text.partition('"IMAGE"')[2])
-    return found.group(1) if found else ""
+def _gsd(of_map: float, of_user: float | None, of_label: float) -> tuple[float, list[str]]:
+    """Chooses among the georeference's, the user's and the label's GSD, in this order."""
+    if math.isfinite(of_map):
+        return of_map, []
+    if of_user is not None:
+        return of_user, []
+    told = [f"its GSD, {of_label:.4g} m, is from the label; it has no map projection"]
+    return of_label, told if math.isfinite(of_label) else []
 
 
 def open_product(product: Product) -> Any:
@@ -331,7 +288,7 @@ def open_product(product: Product) -> Any:
         DataError: The file is gone or cannot be opened any more.
     """
     dataset = _open(product.source, product.name)
-    return gdal_open_raw(dataset, product.name, product.lines) if product.lines else dataset
+    return open_raw(product.lines, product.georeference.transform) if product.lines else dataset
 
 
 def read_window(
@@ -354,7 +311,8 @@ def read_window(
     except RuntimeError as error:
         raise DataError(
             "a product is damaged",
-            seen=f"{product.source}: rows {row} to {row + height - 1}: {' '.join(str(error).split())}",
+            seen=f"{product.source.path or product.name}: rows {row} to {row + height - 1}: "
+            f"{' '.join(str(error).split())}",
             fix="fetch it again and compare its checksum, or set on_error=skip",
         ) from None
     return raw_HW, valid_HW

@@ -47,14 +47,33 @@ class Encoding:
     max_error: float = 0.0
     note: str = ""
 
-    def __call__(self, raw_HW: npt.NDArray[Any], valid_HW: npt.NDArray[np.bool_], dtype: str) -> npt.NDArray[Any]:
-        """Returns stored values of the given dtype, 0 where invalid."""
+    def __call__(
+        self, raw_HW: npt.NDArray[Any], valid_HW: npt.NDArray[np.bool_], dtype: str, *, whole: bool = False
+    ) -> npt.NDArray[Any]:
+        """Returns stored values of the given dtype, contiguous, 0 where invalid.
+
+        Args:
+            raw_HW: Raw values.
+            valid_HW: True where measured.
+            dtype: `uint8` or `uint16`.
+            whole: True when the caller knows that every pixel is valid; saves time.
+        """
+        if whole and self.low == 0 and self.step == 1.0 and raw_HW.dtype.kind == "u":
+            return np.ascontiguousarray(raw_HW).astype(dtype, copy=False)
         raw = np.where(valid_HW, raw_HW, raw_HW.dtype.type(0))
         if self.step == 1.0 and raw.dtype.kind in "iu":
             stored = raw.astype(np.int64) - int(self.low)
         else:
             stored = np.clip(np.rint((raw.astype(np.float64) - self.low) / self.step), 0, _LEVELS)
         return np.where(valid_HW, stored, 0).astype(dtype)
+
+    def stored_levels(self, saturation: tuple[float, float], none: tuple[int, int]) -> tuple[int, int]:
+        """Returns raw saturation levels as stored levels; an infinite one gives that of `none`."""
+        low, high = ((raw - self.low) / self.step if math.isfinite(raw) else raw for raw in saturation)
+        return (
+            math.floor(low) if math.isfinite(low) else none[0],
+            math.ceil(high) if math.isfinite(high) else none[1],
+        )
 
 
 def choose_encoding(product: Product) -> Encoding:

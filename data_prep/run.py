@@ -1,332 +1,289 @@
-"""The prep stage: raw products of one sensor in, one CORPUS out."""
+"""The prep stage: raw products of one sensor in, one CORPUS out.
+
+Products are inspected, then cut, each by one worker into a piece in the work folder; only then is decided, on the
+pieces' tables, which tiles are taken and into which split; last the shards are put together. A killed run continues:
+finished pieces are found again.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import fnmatch
-import math
+import functools
+import json
+import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from momo.config import to_dict
-from momo.corpus import Manifest
-from momo.errors import ConfigError, DataError, MomoError
-from momo.extras import require
-from momo.files import atomic_folder, sha256_file, sha256_json
-from momo.sensors import SENSORS
+import numpy as np
 
+from momo.config import to_dict
+from momo.corpus_format import FORMAT_VERSION, INDEX_COLUMNS, SPLITS, Manifest
+from momo.errors import DataError, MomoError
+from momo.files import atomic_folder, sha256_json, write_json
+
+from .assembly import Part, ShardPlan, add_statistics, chunks, in_order, write_shard
+from .cluster import Workers, open_workers
 from .config import PrepConfig
-from .products import Product, gdal_module, inspect
-from .radiometry import Encoding, choose_encoding
-from .shards import CorpusWriter
-from .sources import described_by_labels, find_sources
-from .split import BlockGrid, SplitRule, balanced
-from .tiling import cut_tiles, window_count, window_footprints
+from .inspecting import Failures, inspect_all, one_sensor, sources_of
+from .pieces import CutSettings
+from .planning import Plan, make_plan
+from .products import Product
+from .progress import Progress, report_drops, report_products, report_totals
+from .shards import TableFile, write_manifest
+from .sources import Source
+from .split import cell_order
+from .statistics import PixelStatistics
+from .tables import Ready, contact_sheet, report_file, tile_table, write_products
+from .tiling import Cut, cut
 
 Report = Callable[[str], None]
 _MIXED_UNITS = 20.0  # ratio of product means from which on they can hardly share a unit
-_CACHE_BYTES = 256 << 20  # holds one row of blocks of the widest HiRISE scenes
-
-
-@dataclass
-class _Skipper:
-    """Stops at a bad product or notes it, as `on_error` says."""
-
-    on_error: str
-    report: Report
-    skipped: list[dict[str, str]] = field(default_factory=list)
-
-    def bad(self, source: Path, error: MomoError) -> None:
-        if self.on_error == "stop":
-            raise error
-        seen = "" if error.seen is None else str(error.seen).replace(f"{source}: ", "").replace(str(source), "")
-        self.note(source, f"{error.what}: {seen}" if seen else error.what)
-
-    def note(self, source: Path, reason: str) -> None:
-        self.report(f"  skipped {source.name}: {reason}")
-        self.skipped.append({"source": source.name, "reason": reason})
 
 
 @dataclass(frozen=True)
-class _Ready:
-    product: Product
-    sha256: str
-    encoding: Encoding
+class PrepResult:
+    """What `prep` made.
+
+    Attributes:
+        path: The corpus folder.
+        failures: Products that failed: `source` and `reason`.
+    """
+
+    path: Path
+    failures: list[dict[str, str]]
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 3 when some products failed."""
+        return 3 if self.failures else 0
 
 
-def prep(config: PrepConfig, report: Report = print) -> Path:
+def prep(config: PrepConfig, report: Report = print) -> PrepResult:
     """Makes a CORPUS from raw products.
 
     Args:
         config: Settings; see `PrepConfig`.
-        report: Gets one line for each product and the totals.
+        report: Gets lines for the user.
 
     Returns:
-        The corpus folder, `config.out`.
+        The corpus folder and the products that failed. A corpus that the same command made already is left as it
+        is; one that lacks failed products is made anew, from the pieces of the others.
 
     Raises:
-        ConfigError: A setting is wrong, or GDAL is not installed.
-        DataError: A product is bad (see `on_error`), none is left, or the output exists. Nothing is written then.
+        ConfigError: A setting is wrong, or a package is not installed.
+        DataError: A product is bad and `on_error` is `stop`, none is left, or the output is another artefact.
     """
-    # GDAL would keep blocks up to 5 % of the machine's memory.
-    gdal_module().SetCacheMax(min(_CACHE_BYTES, gdal_module().GetCacheMax()))
     started = time.perf_counter()
-    out = Path(config.out)
-    with atomic_folder(out) as folder:
-        skipper = _Skipper(config.on_error, report)
-        products = _distinct(_inspect_all(config, skipper, report), skipper, report)
-        sensor = _one_sensor([product for product, _ in products], config)
-        ready = _choose_encodings(products, config, skipper)
-        if not ready:
-            raise DataError(
-                "no product is left",
-                seen=f"all {len(skipper.skipped)} skipped, the last: {skipper.skipped[-1]['reason']}",
-                fix="see the lines above; check `products`, `tile_size` and `nodata`",
-            )
-        grid = BlockGrid(_block_side_m(config, [r.product for r in ready]), config.block_tiles * config.tile_size)
-        splits = _choose_splits(config, [r.product for r in ready], grid, report)
-        dtype = "uint8" if all(r.encoding.dtype == "uint8" for r in ready) else "uint16"
-        writer = CorpusWriter(
-            folder,
-            sensor=sensor,
-            tile_size=config.tile_size,
-            dtype=dtype,
-            synthetic=config.synthetic,
-            tiles_per_shard=config.tiles_per_shard,
-        )
-        with writer:
-            entries = _write(writer, ready, config, grid, splits, skipper, report)
-            _report_mixed_units(entries, report)
-            notes = {"skipped": skipper.skipped, "block_side_m": grid.side_m, "forced_blocks": splits.forced}
-            manifest = writer.finish(products=entries, prep=to_dict(config) | notes, licence=config.licence)
-    _report_totals(manifest, out, len(entries), len(skipper.skipped), time.perf_counter() - started, report)
-    if config.val_fraction > 0 and manifest.splits["val"] == 0:
-        report(
-            "  WARNING: no validation tile. All tiles lie in one block, or those of the validation blocks were dropped:"
-            " make blocks smaller (block_m, block_tiles), raise val_fraction, or take another seed"
-        )
-    return out
+    out = Path(config.out).absolute()
+    work = Path(config.work).absolute() if config.work else out.with_name(f"{out.name}.work")
+    failures = Failures(config.on_error, report)
+    sources = sources_of(config, failures, report)
+    inputs = _inputs(config, sources)
+    done = _done(out, inputs)
+    if done is not None and not done.failures:
+        report(f"{out} is complete already: {sum(done.splits.values())} tiles; nothing to do")
+        return PrepResult(Path(config.out), [])
+    with atomic_folder(out, replace=done is not None) as folder:
+        with open_workers(config, len(sources), work) as workers:
+            report(f"{len(sources)} {'file' if len(sources) == 1 else 'files'}, {workers.description}")
+            products = inspect_all(sources, config, workers, failures, report)
+            sensor, products = one_sensor(products, config, failures)
+            settings = _cut_settings(config, products)
+            ready = _cut_all(products, settings, work, workers, failures, report, sensor)
+            _refuse_nothing(ready, failures)
+            plan = make_plan(tile_table(ready, config), config, settings.order)
+            report_drops(plan, report)
+            manifest = _assemble(folder, ready, plan, config, settings, sensor, workers, failures, inputs, report)
+    report_totals(manifest, Path(config.out), len(ready), len(failures.listed), time.perf_counter() - started, report)
+    if failures.listed:
+        report(f"  kept {work}: when they are mended, the same command redoes these products only")
+    else:
+        shutil.rmtree(work, ignore_errors=True)
+    return PrepResult(Path(config.out), failures.listed)
 
 
-def _inspect_all(config: PrepConfig, skipper: _Skipper, report: Report) -> list[Product]:
-    sources, passed_over = find_sources(config.products)
-    if passed_over:
-        report(f"  {passed_over} files in the folders are no rasters by their extension, passed over")
-    for rule in config.rules:
-        if not any(fnmatch.fnmatchcase(source.name, rule.match) for source in sources):
-            report(f"  rule {rule.match!r} matches no product")
-    products: list[Product] = []
-    errors: dict[Path, MomoError] = {}
-    for source in sources:
-        try:
-            products.append(inspect(source, **_settings(config, source)))
-        except DataError as error:
-            errors[source] = error
-    described = described_by_labels((product.source, product.files) for product in products)
-    for source, reason in errors.items():
-        if source.resolve() not in described:
-            skipper.bad(source, reason)
-    return [product for product in products if product.source.resolve() not in described]
+def _inputs(config: PrepConfig, sources: list[Source]) -> str:
+    """Returns a hash of what the corpus is made from; how the work is spread does not count."""
+    settings = to_dict(config)
+    for key in ("out", "workers", "scheduler", "slurm", "work", "on_error"):
+        settings.pop(key)
+    return sha256_json([FORMAT_VERSION, settings, [source.identity() for source in sources]])
 
 
-def _settings(config: PrepConfig, source: Path) -> dict[str, Any]:
-    settings = {"band": config.band, "nodata": config.nodata, "gsd_m": config.gsd_m, "licence": config.licence}
-    for rule in config.rules:
-        if fnmatch.fnmatchcase(source.name, rule.match):
-            settings |= {key: getattr(rule, key) for key in settings if getattr(rule, key) is not None}
-    return settings
+def _done(out: Path, inputs: str) -> Manifest | None:
+    """Returns the manifest of an output that this very command made, or None when there is no output.
+
+    Raises:
+        DataError: The output is something else.
+    """
+    if not out.exists():
+        return None
+    try:
+        fields = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        if fields["prep"]["inputs"] == inputs:
+            return Manifest(**fields)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise DataError(
+        "the output exists already",
+        seen=out,
+        rule="an artefact is never overwritten in passing",
+        fix="choose another `out`, or remove the folder",
+    )
 
 
-def _distinct(products: list[Product], skipper: _Skipper, report: Report) -> list[tuple[Product, str]]:
-    """Leaves out files with the same bytes, and makes product ids unique."""
-    by_hash: dict[str, Product] = {}
-    used: set[str] = set()
-    distinct = []
-    for product in products:
-        digest = _digest(product)
-        if digest in by_hash:
-            skipper.note(product.source, f"it has the same bytes as {by_hash[digest].source.name}")
+def _cut_settings(config: PrepConfig, products: list[Product]) -> CutSettings:
+    located = [product.gsd_m for product in products if product.georeference.located]
+    order = -1
+    if located:
+        side_m = config.split.block_tiles * config.tile_size * max(located)
+        order = cell_order(side_m) if config.split.order is None else config.split.order
+    return CutSettings(
+        tile_size=config.tile_size,
+        step=config.step,
+        quality=to_dict(config.quality),
+        codec=config.codec,
+        dtype="uint8" if all(product.dtype == "uint8" for product in products) else "uint16",
+        order=order,
+        pixel_block=config.split.block_tiles * config.tile_size,
+    )
+
+
+def _cut_all(
+    products: list[Product],
+    settings: CutSettings,
+    work: Path,
+    workers: Workers,
+    failures: Failures,
+    report: Report,
+    sensor: str,
+) -> list[Ready]:
+    cuts: dict[int, Cut] = {}
+    task = functools.partial(_cut_task, settings, work)
+    with Progress(products, report) as progress:
+        for position, result in workers.run(task, products):
+            done = Cut(None, str(result), result) if isinstance(result, MomoError) else result
+            if failures.on_error == "stop" and done.error is not None:
+                raise done.error
+            cuts[position] = done
+            progress.add(products[position], done)
+    ready: list[Ready] = []
+    by_hash: dict[str, str] = {}
+    for position, product in enumerate(products):
+        done = cuts[position]
+        if done.error is not None:
+            failures.add(product.source, DataError(done.failure))
+        if done.folder is None:
             continue
-        by_hash[digest] = product
-        number, named = 1, product
-        while named.key in used:
-            number += 1
-            named = dataclasses.replace(product, product_id=f"{product.product_id}-{number}")
-        if number > 1:
-            report(f"  product id {product.product_id} is taken: {product.source.name} becomes {named.product_id}")
-        used.add(named.key)
-        distinct.append((named, digest))
-    return distinct
-
-
-def _digest(product: Product) -> str:
-    files = sorted(path for path in map(Path, product.files) if path.is_file()) or [product.source]
-    if len(files) == 1:
-        return sha256_file(files[0])
-    return sha256_json({path.name: sha256_file(path) for path in files})
-
-
-def _one_sensor(products: list[Product], config: PrepConfig) -> str:
-    if config.sensor != "auto":
-        for product in products:
-            if product.sensor is not None and product.sensor != config.sensor:
-                raise DataError(
-                    "a product is of another sensor",
-                    seen=f"{product.source}: its label says {product.instrument}, the configuration {config.sensor}",
-                    rule="a corpus holds one sensor",
-                    fix="leave it out, or set `sensor`",
-                )
-        return config.sensor
-    unknown = [product for product in products if product.sensor is None]
-    if unknown:
-        raise ConfigError(
-            "the sensor cannot be read from the label",
-            seen=f"{unknown[0].source} (instrument {unknown[0].instrument or 'not named'!r})",
-            rule=f"auto knows {', '.join(SENSORS)}",
-            fix="set `sensor`",
-        )
-    sensors = {str(product.sensor): product.source.name for product in products}
-    if len(sensors) > 1:
-        raise DataError(
-            "the products are of several sensors",
-            seen=", ".join(f"{sensor} ({name})" for sensor, name in sorted(sensors.items())),
-            rule="a corpus holds one sensor",
-            fix="run prep once for each sensor",
-        )
-    return next(iter(sensors), "")
-
-
-def _choose_encodings(products: list[tuple[Product, str]], config: PrepConfig, skipper: _Skipper) -> list[_Ready]:
-    ready = []
-    for product, digest in products:
-        try:
-            if min(product.width, product.height) < config.tile_size:
-                raise DataError(
-                    "the product is smaller than a tile",
-                    seen=f"{product.source}: {product.width} x {product.height} pixels",
-                    rule=f"both sides reach tile_size = {config.tile_size}",
-                    fix="lower tile_size, or leave it out (on_error=skip)",
-                )
-            ready.append(_Ready(product, digest, choose_encoding(product)))
-        except DataError as error:
-            skipper.bad(product.source, error)
+        if done.info.sha256 and done.info.sha256 in by_hash:
+            report(f"  {product.source.display} has the same bytes as {by_hash[done.info.sha256]}: left out")
+            continue
+        by_hash[done.info.sha256] = product.source.display
+        ready.append(Ready(product, done.folder, done.info))
+    report_products(ready, sensor, report)
     return ready
 
 
-def _block_side_m(config: PrepConfig, products: list[Product]) -> float:
-    if config.block_m is not None:
-        return config.block_m
-    located = [product.gsd_m for product in products if product.georeference.located]
-    coarsest = max(located, default=1.0)
-    return config.block_tiles * config.tile_size * coarsest
+def _cut_task(settings: CutSettings, work: Path, product: Product) -> Cut:
+    return cut(product, settings, work)
 
 
-def _choose_splits(config: PrepConfig, products: list[Product], grid: BlockGrid, report: Report) -> SplitRule:
-    rule = SplitRule(config.seed, config.val_fraction)
-    every = chain.from_iterable(window_footprints(product, config, grid) for product in products)
-    chosen = balanced(rule, every)
-    for block, split in chosen.forced.items():
-        report(f"  few blocks: the hash left {split} empty, so block {block} was moved to {split}")
-    return chosen
+def _refuse_nothing(ready: list[Ready], failures: Failures) -> None:
+    if any(item.info.tiles for item in ready):
+        return
+    last = f", the last: {failures.listed[-1]['reason']}" if failures.listed else ""
+    raise DataError(
+        "no tile is left",
+        seen=f"{len(ready)} products without a tile, {len(failures.listed)} failed{last}",
+        fix="see the lines above; check `products`, `tile_size`, `nodata` and `quality`",
+    )
 
 
-def _write(
-    writer: CorpusWriter,
-    ready: list[_Ready],
+def _assemble(
+    folder: Path,
+    ready: list[Ready],
+    plan: Plan,
     config: PrepConfig,
-    grid: BlockGrid,
-    splits: SplitRule,
-    skipper: _Skipper,
+    settings: CutSettings,
+    sensor: str,
+    workers: Workers,
+    failures: Failures,
+    inputs: str,
     report: Report,
-) -> list[dict[str, Any]]:
-    entries = []
-    total = sum(window_count(item.product, config) for item in ready)
-    with require("tqdm", "prep").tqdm(total=total, unit=" windows", disable=None) as bar:
-        for item in ready:
-            kept: Counter[str] = Counter()
-            dropped: Counter[str] = Counter()
-            damage, level = None, 0.0
-            try:
-                for tile in cut_tiles(
-                    item.product, item.encoding, config, dtype=writer.dtype, grid=grid, splits=splits, dropped=dropped
-                ):
-                    writer.add(tile)
-                    kept[tile.split] += 1
-                    level += float(tile.stored_HW.mean(where=tile.valid_HW))
-                    bar.update()
-            except DataError as error:
-                skipper.bad(item.product.source, error)
-                damage = str(error)
-            bar.update(window_count(item.product, config) - kept.total())
-            if damage is None or kept:
-                _report_product(item, writer.sensor, kept, dropped, report)
-                mean = level / max(1, kept.total()) * item.encoding.scale + item.encoding.offset_value
-                entries.append(_entry(item, kept, dropped, damage) | {"mean": mean if kept else None})
-    return entries
+) -> Manifest:
+    (folder / "shards").mkdir()
+    shards = _shard_plans(folder / "shards", ready, plan, config, sensor)
+    statistics, entries = PixelStatistics(), []
+    index = TableFile(folder / "index.parquet", INDEX_COLUMNS)
+    for done in in_order(workers.run(write_shard, shards), len(shards)):
+        if isinstance(done, MomoError):
+            raise done
+        index.add_table(done.index)
+        add_statistics(statistics, done)
+        entries.append(done.entry)
+    index.close()
+    tiles = np.bincount(_products_of_tiles(ready)[plan.split_N >= 0], minlength=len(ready))
+    write_products(folder / "products.parquet", ready, tiles)
+    mixed = _mixed_units(ready, report)
+    contact_sheet(folder / "contact_sheet.png", ready, plan, sensor)
+    write_json(folder / "report.json", report_file(ready, plan, failures.listed))
+    return write_manifest(
+        folder,
+        shards=entries,
+        statistics=statistics,
+        fields={
+            "sensor": sensor, "tile_size": config.tile_size, "dtype": settings.dtype, "codec": config.codec,
+            "synthetic": config.synthetic, "products": len(ready), "healpix_order": settings.order,
+            "mixed_units": mixed, "prep": to_dict(config) | {"inputs": inputs}, "failures": failures.listed,
+            "licence": config.licence,
+        },
+    )  # fmt: skip
 
 
-def _report_mixed_units(entries: list[dict[str, Any]], report: Report) -> None:
+def _products_of_tiles(ready: list[Ready]) -> np.ndarray[Any, Any]:
+    return np.repeat(np.arange(len(ready)), [item.info.tiles for item in ready])
+
+
+def _shard_plans(
+    folder: Path, ready: list[Ready], plan: Plan, config: PrepConfig, sensor: str
+) -> list[ShardPlan]:
+    product_N = _products_of_tiles(ready)
+    first = np.concatenate([[0], np.cumsum([item.info.tiles for item in ready])])
+    plans = []
+    for code, split in enumerate(SPLITS):
+        chosen = np.flatnonzero(plan.split_N == code)
+        for number, tiles in enumerate(chunks(chosen, config.tiles_per_shard)):
+            parts = []
+            for n in np.unique(product_N[tiles]):
+                here = tiles[product_N[tiles] == n]
+                item = ready[n]
+                parts.append(
+                    Part(
+                        piece=item.folder,
+                        product_id=item.product.product_id,
+                        product_key=item.product.key,
+                        gsd_m=item.product.gsd_m,
+                        scale=item.info.scale,
+                        offset_value=item.info.offset_value,
+                        rows_N=here - first[n],
+                        units=[plan.units[u] for u in plan.unit_N[here]],
+                        blocks=plan.block_names(here),
+                    )
+                )
+            plans.append(ShardPlan(folder, split, number, config.codec, sensor, config.tile_size, parts))
+    return plans
+
+
+def _mixed_units(ready: list[Ready], report: Report) -> bool:
     """Says when products have so different levels that they can hardly share a unit, say I/F and raw counts."""
-    means = {entry["source"]: abs(entry["mean"]) for entry in entries if entry["mean"]}
-    if means and max(means.values()) > _MIXED_UNITS * min(means.values()):
-        low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
-        report(
-            f"  note: products of different units? Means from {means[low]:.4g} ({low}) to {means[high]:.4g} ({high}): "
-            "stats.json mixes them, so normalise per tile (not sensor_zscore)"
-        )
-
-
-def _report_product(item: _Ready, sensor: str, kept: Counter[str], dropped: Counter[str], report: Report) -> None:
-    product = item.product
-    gsd = f"{product.gsd_m:.4g} m/px" if math.isfinite(product.gsd_m) else "GSD unknown"
-    lost = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
+    means = {item.product.source.display: abs(item.info.mean) for item in ready if item.info.mean}
+    if not means or max(means.values()) <= _MIXED_UNITS * min(means.values()):
+        return False
+    low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
     report(
-        f"  {product.product_id}: {product.width} x {product.height} {product.dtype}, {sensor}, {gsd}, "
-        f"{product.georeference.name}; kept {kept.total()} (train {kept['train']}, val {kept['val']}), dropped {lost}"
+        f"  note: products of different units? Means from {means[low]:.4g} ({low}) to {means[high]:.4g} ({high}): "
+        "stats.json mixes them, so normalise per tile or per product (sensor_zscore is refused)"
     )
-    if product.sensor is None and product.instrument:
-        report(f"    note: its label names the instrument {product.instrument!r}, taken as {sensor}")
-    if item.encoding.max_error:
-        report(f"    note: quantised to 16 bits, largest error {item.encoding.max_error:.3g}")
-    for note in (*product.notes, item.encoding.note):
-        if note:
-            report(f"    note: {note}")
-
-
-def _entry(item: _Ready, kept: Counter[str], dropped: Counter[str], damage: str | None) -> dict[str, Any]:
-    product, encoding = item.product, item.encoding
-    return {
-        "product_id": product.product_id,
-        "source": product.source.name,
-        "sha256": item.sha256,
-        "tiles": kept.total(),
-        "licence": product.licence,
-        "driver": product.driver,
-        "band": product.band,
-        "dtype": product.dtype,
-        "width": product.width,
-        "height": product.height,
-        "gsd_m": product.gsd_m if math.isfinite(product.gsd_m) else None,
-        "crs": product.georeference.name,
-        "scale": encoding.scale,
-        "offset_value": encoding.offset_value,
-        "max_rounding_error": encoding.max_error,
-        "dropped": dict(sorted(dropped.items())),
-        "notes": [note for note in (*product.notes, encoding.note) if note],
-        "damage": damage,
-    }
-
-
-def _report_totals(manifest: Manifest, out: Path, products: int, skipped: int, seconds: float, report: Report) -> None:
-    tiles, size = sum(manifest.splits.values()), sum(shard.bytes for shard in manifest.shards)
-    report(
-        f"{manifest.sensor}: {tiles} tiles of {manifest.tile_size} px, {manifest.dtype} "
-        f"(train {manifest.splits['train']}, val {manifest.splits['val']}) "
-        f"from {products} products, {skipped} skipped; "
-        f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB; {seconds:.1f} s, {tiles / seconds:.0f} tiles/s -> {out}"
-    )
+    return True

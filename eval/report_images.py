@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from momo.corpus import Corpus, Tile
+from momo.corpus import Corpus, StoredTile
 from momo.errors import CheckpointError
 from momo.models import MaskedAutoencoder, load_mae, mask_noise, sample_rng
-from momo.normalise import Normalisation
+from momo.normalise import Normalisation, normalise_batch
 from momo.weights import Card, load_card
 
 from .report_figures import slug
@@ -246,8 +246,8 @@ def reconstructions(
     rng = sample_rng(corpus.manifest.fingerprint, seed, "report reconstructions")
     order = rng.permutation(corpus.count(split)).tolist()
     # A tile that is half empty shows little of what a model can paint, so fuller ones go first.
-    tiles = sorted((corpus.read(split, index) for index in order[: 4 * count]), key=lambda tile: -_fullness(tile))
-    tiles = [tile for tile in tiles if tile.valid_HW.any()]
+    drawn = (corpus.read_stored(split, index) for index in order[: 4 * count])
+    tiles = sorted((tile for tile in drawn if tile.valid.any()), key=lambda tile: -_fullness(tile))
     rows = [_painted_row(tile, sensor, fitting, seed) for tile in tiles[:count]]
     return Gallery(
         name=f"reconstructions-{slug(sensor)}-{corpus.manifest.fingerprint[:6]}",
@@ -266,11 +266,11 @@ _STANDARDISED = (
 )
 
 
-def _fullness(tile: Tile) -> float:
-    return round(float(tile.valid_HW.mean()), 1)
+def _fullness(tile: StoredTile) -> float:
+    return round(float(tile.valid.mean()), 1)
 
 
-def _painted_row(tile: Tile, sensor: str, models: list[ShownModel], seed: int) -> list[Panel]:
+def _painted_row(tile: StoredTile, sensor: str, models: list[ShownModel], seed: int) -> list[Panel]:
     row: list[Panel] = []
     for shown in models:
         result = _paint(tile, sensor, shown, seed)
@@ -296,15 +296,17 @@ class _Painted:
     error: float
 
 
-def _paint(tile: Tile, sensor: str, shown: ShownModel, seed: int) -> _Painted:
+def _paint(tile: StoredTile, sensor: str, shown: ShownModel, seed: int) -> _Painted:
     architecture = shown.model.architecture
     side = architecture.image_size
-    valid_HW = tile.valid_HW
-    input_HW = normalisation_for(shown.card, sensor)(tile.value_HW, valid_HW)
+    valid_HW = tile.valid
+    normalisation = normalisation_for(shown.card, sensor)
+    valid_BHW, affine = torch.from_numpy(valid_HW)[None], torch.from_numpy(normalisation.affine(tile.statistics))
+    input_BCHW = normalise_batch(torch.from_numpy(tile.stored_HW)[None], valid_BHW, affine[None], normalisation.limit)
     noise_N = mask_noise(sample_rng(tile.key, seed, "mask"), architecture.patches)
-    image_BCHW = torch.from_numpy(input_HW)[None, None].expand(1, architecture.in_chans, side, side)
-    valid_BHW, noise_BN = torch.from_numpy(valid_HW.copy())[None], torch.from_numpy(noise_N)[None]
+    image_BCHW = input_BCHW.expand(1, architecture.in_chans, side, side)
+    noise_BN = torch.from_numpy(noise_N)[None]
     with torch.no_grad():
         error = float(shown.model(image_BCHW, valid_BHW, noise_BN)[0])
         painted_BCHW, hidden_BHW = shown.model.reconstruct(image_BCHW, valid_BHW, noise_BN)
-    return _Painted(input_HW, painted_BCHW[0].mean(0).numpy(), hidden_BHW[0].numpy(), valid_HW, error)
+    return _Painted(input_BCHW[0, 0].numpy(), painted_BCHW[0].mean(0).numpy(), hidden_BHW[0].numpy(), valid_HW, error)

@@ -191,7 +191,7 @@ def corpus_table(manifests: list[Manifest]) -> Table:
             m.sensor,
             ", ".join(f"{count:,} {split}" for split, count in m.splits.items()),
             f"{m.tile_size} px, {m.dtype}",
-            len(m.products),
+            m.products,
             "synthetic" if m.synthetic else "measured",
             m.licence,
             short_hash(m.fingerprint),

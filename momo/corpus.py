@@ -1,117 +1,53 @@
-"""CORPUS: WebDataset shards of tiles with a manifest, an index and statistics; reading side.
-
-manifest.json          sensor, tile size, dtype, codec, splits, shards with sha256, fingerprint (see `Manifest`)
-index.parquet          one row a tile (see `INDEX_COLUMNS`)
-stats.json             mean, std and percentiles over the valid training pixels, in physical units
-shards/<split>-000000.tar
-    <key>.png          the tile, lossless 8 or 16 bit
-    <key>.json         provenance and the stretch: physical value = stored value * scale + offset
-    <key>.valid.png    255 where measured, 0 elsewhere; only where some pixel is invalid
-"""
+"""CORPUS, reading side; `momo.corpus_format` says what the folder holds."""
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import json
 import os
-import tarfile
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from .codecs import MASK_SUFFIX, TILE_SUFFIX, decode_mask, decode_tile
+from .corpus_format import (
+    FORMAT_VERSION,
+    INDEX_COLUMNS,
+    PRODUCT_COLUMNS,
+    SPLITS,
+    Manifest,
+    ShardEntry,
+    fingerprint,
+)
+from .corpus_index import IndexRows, StoredStatistics, read_index
 from .errors import DataError
 from .extras import require
-from .files import sha256_file, sha256_json
+from .manifest import check_files, read_json, read_manifest
+from .samples import split_sample
 
-FORMAT_VERSION = 1
-SPLITS = ("train", "val")
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX_COLUMNS",
+    "PRODUCT_COLUMNS",
+    "SPLITS",
+    "Corpus",
+    "Manifest",
+    "ShardEntry",
+    "StoredBatch",
+    "StoredStatistics",
+    "StoredTile",
+    "Tile",
+    "fingerprint",
+    "read_manifest",
+]
 
-# Column name -> what it holds. `offset` and `nbytes` bound the sample's members inside its shard.
-INDEX_COLUMNS: dict[str, str] = {
-    "key": "unique key of the tile in the corpus; also the WebDataset key",
-    "split": "train or val",
-    "shard": "shard file name",
-    "offset": "first byte of the sample's first tar header",
-    "nbytes": "bytes of all members of the sample, headers and padding included",
-    "product_id": "product the tile was cut from",
-    "sensor": "camera",
-    "row": "first row of the window in the product, pixels",
-    "col": "first column of the window in the product, pixels",
-    "size": "side of the window, pixels",
-    "gsd_m": "ground sample distance, metres a pixel; NaN when unknown",
-    "crs": "CRS of the product as WKT; empty when it has none",
-    "lon": "planetocentric longitude of the window's centre, degrees, east positive, -180..180; NaN without a CRS",
-    "lat": "planetocentric latitude of the window's centre, degrees; NaN without a CRS",
-    "valid_fraction": "share of measured pixels, 0..1",
-    "quality": "structural score of the tile, 0..1",
-    "scale": "physical value = stored value * scale + offset_value",
-    "offset_value": "see scale",
-    "unit": "geologic unit or terrain class; empty when unknown",
-    "block": "name of the geographic block that decided the split",
-}
-
-
-@dataclass(kw_only=True)
-class ShardEntry:
-    """One shard as the manifest lists it."""
-
-    name: str
-    split: str
-    samples: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(kw_only=True)
-class Manifest:
-    """What a corpus is.
-
-    Attributes:
-        sensor: Camera of every tile.
-        tile_size: Side of a tile, pixels.
-        dtype: `uint8` or `uint16`, of the stored tiles.
-        codec: `png`.
-        synthetic: True when the tiles were generated, not measured.
-        splits: Number of tiles by split.
-        shards: Every shard.
-        fingerprint: SHA-256 over the shard list; identifies the data.
-        products: One entry a product: `product_id`, `source` (file name), `sha256`, `tiles`, and `licence`.
-        prep: The resolved configuration that made the corpus.
-        licence: SPDX identifier of the tiles.
-        momo_version: Version that wrote it.
-        format: `momo-corpus`.
-        format_version: Version of this layout.
-    """
-
-    sensor: str
-    tile_size: int
-    dtype: str
-    codec: str
-    synthetic: bool
-    splits: dict[str, int]
-    shards: list[ShardEntry]
-    fingerprint: str
-    products: list[dict[str, Any]] = field(default_factory=list)
-    prep: dict[str, Any] = field(default_factory=dict)
-    licence: str = "unknown"
-    momo_version: str = ""
-    format: str = "momo-corpus"
-    format_version: int = FORMAT_VERSION
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the manifest as plain values."""
-        return dataclasses.asdict(self)
-
-
-def fingerprint(shards: list[ShardEntry]) -> str:
-    """Returns the hash that identifies a corpus: over its shard list in order."""
-    return sha256_json([dataclasses.asdict(shard) for shard in shards])
+_OPEN_FILES = 256  # a process may often have 1024; a corpus of millions of tiles has more shards than that
+_RUN_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -131,23 +67,72 @@ class Tile:
     meta: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class StoredTile:
+    """One tile as it is stored; `momo.normalise` makes network input of it.
+
+    Attributes:
+        key: Unique key.
+        stored_HW: uint8 or uint16.
+        valid_HW: True where the pixel was measured; None when every pixel was.
+        product_id: Product it was cut from.
+        statistics: What scales it.
+    """
+
+    key: str
+    stored_HW: npt.NDArray[Any]
+    valid_HW: npt.NDArray[np.bool_] | None
+    product_id: str
+    statistics: StoredStatistics
+
+    @property
+    def valid(self) -> npt.NDArray[np.bool_]:
+        """True where the pixel was measured, (H, W)."""
+        return np.ones(self.stored_HW.shape, dtype=np.bool_) if self.valid_HW is None else self.valid_HW
+
+    @property
+    def value_HW(self) -> npt.NDArray[np.float32]:
+        """float32 in physical units."""
+        return _physical(self.stored_HW, self.statistics.scale, self.statistics.offset_value)
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """Tiles as they are stored, in the order they were asked for.
+
+    Attributes:
+        keys: Unique keys.
+        stored_BHW: uint8 or uint16, one contiguous array.
+        valid_BHW: True where the pixel was measured; None when every pixel was.
+        product_ids: Products they were cut from.
+        statistics: What scales them.
+    """
+
+    keys: list[str]
+    stored_BHW: npt.NDArray[Any]
+    valid_BHW: npt.NDArray[np.bool_] | None
+    product_ids: list[str]
+    statistics: StoredStatistics
+
+
 class Corpus:
     """A corpus on disk, read tile by tile at any position.
 
+    The index is read at the first tile and takes about 30 bytes a tile.
+
     Args:
         path: Corpus folder.
-        verify: Compare every shard's SHA-256 with the manifest; sizes are always compared.
+        verify: Compare every shard's and table's SHA-256 with the manifest; sizes of shards are always compared.
 
     Raises:
-        DataError: The folder is no corpus, is incomplete, or a shard was altered.
+        DataError: The folder is no corpus, is incomplete, or a file was altered.
     """
 
     def __init__(self, path: Path, *, verify: bool = False) -> None:
         self.path = Path(path)
-        self.manifest = _read_manifest(self.path)
-        for shard in self.manifest.shards:
-            _check_shard(self.path / "shards" / shard.name, shard, hashes=verify)
-        self._descriptors: dict[tuple[int, int], int] = {}
+        self.manifest = read_manifest(self.path)
+        check_files(self.path, self.manifest, hashes=verify)
+        self._files: OrderedDict[int, _File] = OrderedDict()
 
     @property
     def sensor(self) -> str:
@@ -157,38 +142,31 @@ class Corpus:
     @cached_property
     def stats(self) -> dict[str, Any]:
         """Statistics over valid training pixels: `mean`, `std`, `min`, `max`, `count`, `percentiles`."""
-        return _read_json(self.path / "stats.json")
+        fields = read_json(self.path / "stats.json")
+        if not isinstance(fields, dict):
+            raise DataError("the statistics cannot be read", seen=self.path / "stats.json", fix="run momo prep again")
+        return fields
+
+    @property
+    def products(self) -> list[dict[str, Any]]:
+        """The rows of products.parquet, read anew at each use; see `momo.corpus_format.PRODUCT_COLUMNS`."""
+        path = self.path / "products.parquet"
+        if not path.is_file():
+            raise DataError("a table of the corpus is missing", seen=path, fix="run momo prep again")
+        rows: list[dict[str, Any]] = require("pyarrow.parquet", "pretrain").read_table(path).to_pylist()
+        return rows
 
     @cached_property
-    def _places(self) -> dict[str, _Places]:
-        parquet = require("pyarrow.parquet", "pretrain")
-        path = self.path / "index.parquet"
-        if not path.is_file():
-            raise DataError("the corpus has no index", seen=path, fix="run momo prep again")
-        table = parquet.read_table(path, columns=["split", "shard", "offset", "nbytes"])
-        split = np.asarray(table["split"].to_pylist())
-        numbers = {shard.name: number for number, shard in enumerate(self.manifest.shards)}
-        shard = np.asarray([numbers[name] for name in table["shard"].to_pylist()], dtype=np.int32)
-        offset, nbytes = (table[name].to_numpy().astype(np.int64) for name in ("offset", "nbytes"))
-        places = {}
-        for name in SPLITS:
-            here = split == name
-            order = np.lexsort((offset[here], shard[here]))
-            places[name] = _Places(shard[here][order], offset[here][order], nbytes[here][order])
-            if len(places[name].offset) != self.manifest.splits.get(name, 0):
-                raise DataError(
-                    "index and manifest disagree",
-                    seen=f"{len(places[name].offset)} {name} rows, {self.manifest.splits.get(name, 0)} in the manifest",
-                    fix="run momo prep again",
-                )
-        return places
+    def index(self) -> dict[str, IndexRows]:
+        """The index by split, in shard order."""
+        return read_index(self.path, self.manifest)
 
     def count(self, split: str) -> int:
         """Returns the number of tiles of a split."""
         return self.manifest.splits.get(split, 0)
 
     def read(self, split: str, position: int) -> Tile:
-        """Reads and decodes one tile.
+        """Reads and decodes one tile with its provenance.
 
         Args:
             split: `train` or `val`.
@@ -197,120 +175,163 @@ class Corpus:
         Raises:
             DataError: The sample cannot be decoded; the message names shard and offset.
         """
-        places = self._places[split]
-        shard, offset, nbytes = (int(a[position]) for a in (places.shard, places.offset, places.nbytes))
-        raw = os.pread(self._descriptor(shard), nbytes, offset)
-        where = f"{self.manifest.shards[shard].name} at byte {offset}"
+        shard, offset, nbytes = self.index[split].place(position)
+        raw = self._file(shard).read(offset, nbytes)
         try:
-            return decode_sample(raw)
-        except (tarfile.TarError, KeyError, OSError, ValueError) as error:
-            raise DataError(
-                "a tile cannot be decoded", seen=f"{where}: {error}", fix="check the corpus's hashes"
-            ) from error
+            return decode_sample(raw, self.manifest)
+        except ValueError as error:
+            raise self._undecodable(shard, offset, error) from error
 
-    def _descriptor(self, shard: int) -> int:
-        # Keyed by process, because a descriptor inherited by a forked worker must not be closed twice.
-        key = (os.getpid(), shard)
-        if key not in self._descriptors:
-            self._descriptors[key] = os.open(self.path / "shards" / self.manifest.shards[shard].name, os.O_RDONLY)
-        return self._descriptors[key]
+    def read_stored(self, split: str, position: int) -> StoredTile:
+        """Reads and decodes one tile as it is stored.
+
+        Args:
+            split: `train` or `val`.
+            position: 0 to `count(split) - 1`, in shard order.
+
+        Raises:
+            DataError: The sample cannot be decoded; the message names shard and offset.
+        """
+        rows = self.index[split]
+        shard, offset, nbytes = rows.place(position)
+        raw = self._file(shard).read(offset, nbytes)
+        try:
+            key, members = split_sample(raw)
+            stored_HW = _decoded_tile(members, self.manifest)
+            valid_HW = _decoded_mask(members, self.manifest)
+        except ValueError as error:
+            raise self._undecodable(shard, offset, error) from error
+        return StoredTile(key, stored_HW, valid_HW, rows.product[position], rows.statistics(position))
+
+    def read_batch(self, split: str, positions: Sequence[int] | npt.NDArray[np.integer[Any]]) -> StoredBatch:
+        """Reads and decodes tiles as they are stored into one array; neighbours in a shard are read at once.
+
+        Args:
+            split: `train` or `val`.
+            positions: Each 0 to `count(split) - 1`, in any order.
+
+        Raises:
+            DataError: A sample cannot be decoded; the message names shard and offset.
+        """
+        rows, size = self.index[split], self.manifest.tile_size
+        wanted = np.asarray(positions, dtype=np.int64)
+        stored_BHW = np.empty((len(wanted), size, size), dtype=self.manifest.dtype)
+        valid_BHW: npt.NDArray[np.bool_] | None = None
+        keys = [""] * len(wanted)
+        for slot, shard, offset, raw in self._samples(rows, wanted):
+            try:
+                keys[slot], members = split_sample(raw)
+                _decoded_tile(members, self.manifest, stored_BHW[slot])
+                if (mask_HW := _decoded_mask(members, self.manifest)) is not None:
+                    if valid_BHW is None:
+                        valid_BHW = np.ones(stored_BHW.shape, dtype=np.bool_)
+                    valid_BHW[slot] = mask_HW
+            except ValueError as error:
+                raise self._undecodable(shard, offset, error) from error
+        return StoredBatch(keys, stored_BHW, valid_BHW, rows.product[wanted].tolist(), rows.statistics_of(wanted))
+
+    def _samples(
+        self, rows: IndexRows, wanted: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[int, int, int, bytes | memoryview]]:
+        """Yields place in `wanted`, shard, offset and bytes of each sample, in the order of the shards."""
+        run: list[tuple[int, int, int, int]] = []
+        for slot in np.argsort(wanted, kind="stable").tolist():
+            shard, offset, nbytes = rows.place(wanted[slot])
+            follows = bool(run) and run[-1][1] == shard and run[-1][2] + run[-1][3] == offset
+            if run and (not follows or offset + nbytes - run[0][2] > _RUN_BYTES):
+                yield from self._read_run(run)
+                run = []
+            run.append((slot, shard, offset, nbytes))
+        if run:
+            yield from self._read_run(run)
+
+    def _read_run(self, run: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, int, int, bytes | memoryview]]:
+        _, shard, start, _ = run[0]
+        raw = memoryview(self._file(shard).read(start, run[-1][2] + run[-1][3] - start))
+        for slot, _, offset, nbytes in run:
+            yield slot, shard, offset, raw[offset - start : offset - start + nbytes]
+
+    def _undecodable(self, shard: int, offset: int, error: ValueError) -> DataError:
+        where = f"{self.manifest.shards[shard].name} at byte {offset}"
+        return DataError("a tile cannot be decoded", seen=f"{where}: {error}", fix="run momo prep verify on the corpus")
+
+    def _file(self, shard: int) -> _File:
+        file = self._files.get(shard)
+        if file is None:
+            file = self._files[shard] = _File(self.path / "shards" / self.manifest.shards[shard].name)
+            if len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+        return file
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": {}}
+        return {**self.__dict__, "_files": OrderedDict()}
+
+
+class _File:
+    """An open shard. Reading takes no file position, so a forked worker may go on with an inherited one."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = -1
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError("a shard cannot be opened", seen=f"{path}: {error.strerror}") from None
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        raw = os.pread(self._descriptor, nbytes, offset)
+        while len(raw) < nbytes:
+            more = os.pread(self._descriptor, nbytes - len(raw), offset + len(raw))
+            if not more:
+                raise DataError("a shard ends early", seen=f"{self._path} at byte {offset + len(raw)}")
+            raw += more
+        return raw
 
     def __del__(self) -> None:
-        for (pid, _), descriptor in getattr(self, "_descriptors", {}).items():
-            if pid == os.getpid():
-                os.close(descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
 
-@dataclass(frozen=True)
-class _Places:
-    shard: npt.NDArray[np.int32]
-    offset: npt.NDArray[np.int64]
-    nbytes: npt.NDArray[np.int64]
-
-
-def decode_sample(raw: bytes) -> Tile:
+def decode_sample(raw: bytes, manifest: Manifest) -> Tile:
     """Decodes the tar members of one sample into a tile.
 
+    Args:
+        raw: Bytes of all members of the sample.
+        manifest: Of the corpus the sample belongs to.
+
     Raises:
-        KeyError: A member is missing.
-        OSError: An image cannot be decoded.
+        ValueError: A member is missing or cannot be decoded.
     """
-    members: dict[str, bytes] = {}
-    key = ""
-    with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
-        for member in tar:
-            key, _, extension = member.name.partition(".")
-            stream = tar.extractfile(member)
-            if stream is not None:
-                members[extension] = stream.read()
-    meta = json.loads(members["json"])
-    stored = np.asarray(Image.open(io.BytesIO(members["png"])))
-    if "valid.png" in members:
-        valid = np.asarray(Image.open(io.BytesIO(members["valid.png"]))) > 0
-    else:
+    key, members = split_sample(raw)
+    meta = json.loads(bytes(_member(members, "json")))
+    stored = _decoded_tile(members, manifest)
+    valid = _decoded_mask(members, manifest)
+    if valid is None:
         valid = np.ones(stored.shape, dtype=bool)
-    value = stored.astype(np.float32) * np.float32(meta["scale"]) + np.float32(meta["offset_value"])
+    try:
+        value = _physical(stored, float(meta["scale"]), float(meta["offset_value"]))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"its JSON has no stretch: {error}") from None
     return Tile(key, value, valid, meta)
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError("a file of the corpus is missing", seen=path, fix="run momo prep again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            "a file of the corpus is not JSON", seen=f"{path}: {error}", fix="run momo prep again"
-        ) from None
+def _physical(stored_HW: npt.NDArray[Any], scale: float, offset_value: float) -> npt.NDArray[np.float32]:
+    return stored_HW.astype(np.float32) * np.float32(scale) + np.float32(offset_value)
 
 
-def _read_manifest(path: Path) -> Manifest:
-    if not (path / "manifest.json").is_file():
-        raise DataError(
-            "this is no corpus",
-            seen=path,
-            rule="a corpus is a folder with manifest.json",
-            fix="make one with momo prep",
-        )
-    fields = _read_json(path / "manifest.json")
-    if fields.get("format") != "momo-corpus" or fields.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            "the manifest has another format",
-            seen=f"{fields.get('format')} version {fields.get('format_version')}",
-            rule=f"momo-corpus version {FORMAT_VERSION}",
-        )
-    try:
-        fields["shards"] = [ShardEntry(**shard) for shard in fields["shards"]]
-        manifest = Manifest(**fields)
-    except (TypeError, KeyError) as error:
-        raise DataError("the manifest cannot be read", seen=f"{path / 'manifest.json'}: {error}") from None
-    if fingerprint(manifest.shards) != manifest.fingerprint:
-        raise DataError(
-            "the manifest was altered",
-            seen=path / "manifest.json",
-            rule="its fingerprint is the hash of its shard list",
-            fix="run momo prep again",
-        )
-    return manifest
+def _member(members: Mapping[str, memoryview], suffix: str) -> memoryview:
+    if suffix not in members:
+        raise ValueError(f"the sample has no {suffix}, only {', '.join(members)}")
+    return members[suffix]
 
 
-def _check_shard(path: Path, shard: ShardEntry, *, hashes: bool) -> None:
-    if not path.is_file():
-        raise DataError("a shard is missing", seen=path, fix="copy it back, or run momo prep again")
-    if path.stat().st_size != shard.bytes:
-        raise DataError(
-            "a shard has another size than the manifest says",
-            seen=f"{path}: {path.stat().st_size} bytes",
-            rule=f"{shard.bytes} bytes",
-            fix="copy it again, or run momo prep again",
-        )
-    if hashes and (found := sha256_file(path)) != shard.sha256:
-        raise DataError(
-            "a shard was altered",
-            seen=f"{path} has sha256 {found[:12]}...",
-            rule=f"the manifest says {shard.sha256[:12]}...",
-            fix="copy it again, or run momo prep again",
-        )
+def _decoded_tile(
+    members: Mapping[str, memoryview], manifest: Manifest, out: npt.NDArray[Any] | None = None
+) -> npt.NDArray[Any]:
+    data = _member(members, TILE_SUFFIX[manifest.codec])
+    return decode_tile(data, manifest.codec, manifest.dtype, manifest.tile_size, out)
+
+
+def _decoded_mask(members: Mapping[str, memoryview], manifest: Manifest) -> npt.NDArray[np.bool_] | None:
+    data = members.get(MASK_SUFFIX[manifest.codec])
+    return None if data is None else decode_mask(data, manifest.codec, manifest.tile_size)

@@ -6,6 +6,8 @@ exception is a bug in momo and exits with code 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MomoError(Exception):
     """An error the user can act on.
@@ -24,6 +26,14 @@ class MomoError(Exception):
         first = what if seen is None else f"{what}: {seen}"
         parts = [first, f"Rule: {rule}" if rule else "", f"Next: {fix}" if fix else ""]
         super().__init__(" ".join(_sentence(part) for part in parts if part))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keeps the parts when the error travels from a worker process."""
+        return _rebuilt, (type(self), self.what, self.seen if self.seen is None else str(self.seen), self.rule, self.fix)
+
+
+def _rebuilt(kind: type[MomoError], what: str, seen: object, rule: str | None, fix: str | None) -> MomoError:
+    return kind(what, seen=seen, rule=rule, fix=fix)
 
 
 def _sentence(text: str) -> str:

@@ -11,7 +11,7 @@ from momo.cli.commands import COMMANDS
 from momo.config import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-STAGES = {path.stem: path for path in CONFIGS.glob("*.yaml")}
+STAGES = {path.stem.replace("_", " "): path for path in CONFIGS.glob("*.yaml")}
 
 
 def test_every_command_has_an_example():
@@ -23,7 +23,7 @@ def test_example_loads(name):
     schema, _ = COMMANDS[name].load()
     required = ["out=somewhere"] if name == "pretrain" else []
     assert load_config(schema, STAGES[name], required)
-    assert f"momo {name} --config configs/{name}.yaml" in STAGES[name].read_text()
+    assert f"momo {name} --config configs/{STAGES[name].name}" in STAGES[name].read_text()
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "real").glob("*.yaml")), ids=lambda path: path.stem)

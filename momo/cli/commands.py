@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 
@@ -21,9 +20,10 @@ class Command:
         summary: One line.
         module: Module that holds schema and function.
         schema: Name of the configuration dataclass.
-        function: Name of the function; it takes the configuration and returns the artefact's path.
+        function: Name of the function; it takes the configuration.
         keys: The configuration keys its help shows; the others are listed by --show-config.
         example: A command to copy.
+        positional: Key that a bare argument sets, such as the corpus of `momo prep verify corpora/ctx`, or "".
     """
 
     name: str
@@ -33,9 +33,13 @@ class Command:
     function: str
     keys: tuple[str, ...]
     example: str
+    positional: str = ""
 
-    def load(self) -> tuple[type, Callable[[Any], Path]]:
-        """Imports the stage and returns its configuration class and function."""
+    def load(self) -> tuple[type, Callable[[Any], Any]]:
+        """Imports the stage and returns its configuration class and function.
+
+        What the function returns may have an `exit_code`; else the command exits with 0.
+        """
         module = importlib.import_module(self.module)
         return getattr(module, self.schema), getattr(module, self.function)
 
@@ -58,8 +62,38 @@ COMMANDS: dict[str, Command] = {
             "momo.data_prep",
             "PrepConfig",
             "prep",
-            ("products", "out", "sensor", "tile_size", "min_valid", "nodata", "val_fraction", "on_error"),
+            ("products", "out", "sensor", "tile_size", "resample.gsd_m", "quality.min_valid", "split.val_fraction",
+             "strata.units", "strata.plan", "duplicates.max_overlap", "workers", "scheduler"),
             "momo prep products=raw/ctx sensor=CTX tile_size=224 out=corpora/ctx",
+        ),
+        Command(
+            "prep describe",
+            "CORPUS -> a data card: figures, diversity, map of tiles, sources",
+            "momo.data_prep",
+            "DescribeConfig",
+            "describe",
+            ("corpus", "out"),
+            "momo prep describe corpora/ctx",
+            positional="corpus",
+        ),
+        Command(
+            "prep verify",
+            "checks every hash of a CORPUS and decodes every tile",
+            "momo.data_prep",
+            "VerifyConfig",
+            "verify",
+            ("corpus",),
+            "momo prep verify corpora/ctx",
+            positional="corpus",
+        ),
+        Command(
+            "prep import",
+            "MOMO's published tiles (folders and CSV) -> CORPUS",
+            "momo.data_prep",
+            "ImportConfig",
+            "import_momo",
+            ("root", "csv", "out", "sensor"),
+            "momo prep import root=momo-data csv=tiles.csv sensor=CTX out=corpora/ctx",
         ),
         Command(
             "pretrain",

@@ -27,7 +27,7 @@ from .commands import COMMANDS
 
 # Modules of every extra: a missing one is told before minutes of work, not after.
 _NEEDED = {
-    "osgeo": "prep", "webdataset": "prep", "pyarrow": "prep", "deepspeed": "pretrain", "tensorboard": "pretrain",
+    "osgeo": "prep", "pyarrow": "prep", "zstandard": "prep", "shapely": "prep", "deepspeed": "pretrain", "tensorboard": "pretrain",
     "sklearn": "eval", "matplotlib": "eval", "jinja2": "eval",
 }  # fmt: skip
 
@@ -122,10 +122,11 @@ def plan(config: DemoConfig) -> list[Step]:
             "products": [str(out / "world" / "products" / low)],
             "sensor": name,
             "tile_size": config.tile_size,
-            "seed": config.seed,
-            "val_fraction": 0.15,
+            "split": {"seed": config.seed, "val_fraction": 0.15},
             "licence": "CC0-1.0",
             "synthetic": True,
+            "on_error": "stop",
+            "workers": 1,
             "out": str(corpora[name]),
         }
         steps.append(Step(f"prep {name}", "prep", values, corpora[name]))

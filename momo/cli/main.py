@@ -1,4 +1,4 @@
-"""Parsing of the command line and its exit codes: 0 done, 2 user error, 1 bug."""
+"""Parsing of the command line and its exit codes: 0 done, 3 done in part, 2 user error, 1 bug."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process when None.
 
     Returns:
-        The exit code: 0 done, 2 the user can mend it, 1 a bug in momo.
+        The exit code: 0 done, 3 done but some products failed, 2 the user can mend it, 1 a bug in momo.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -53,14 +53,14 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"momo {__version__}")
         return 0
-    command = _command(arguments[0])
+    command, rest = _command(arguments)
     schema, function = command.load()
     parser = argparse.ArgumentParser(prog=f"momo {command.name}", add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", type=Path)
     parser.add_argument("--show-config", action="store_true")
     parser.add_argument("overrides", nargs="*")
-    parsed, unknown = parser.parse_known_args(arguments[1:])
+    parsed, unknown = parser.parse_known_args(rest)
     if unknown:
         raise ConfigError(
             "unknown flag",
@@ -71,20 +71,39 @@ def _run(arguments: list[str]) -> int:
     if parsed.help:
         print(command_help(command, schema))
         return 0
+    overrides = [_override(command, item) for item in parsed.overrides]
     if parsed.show_config:
-        print(_all_options(command, schema, parsed.config, parsed.overrides))
+        print(_all_options(command, schema, parsed.config, overrides))
         return 0
-    function(load_config(schema, parsed.config, parsed.overrides))
-    return 0
+    result = function(load_config(schema, parsed.config, overrides))
+    return int(getattr(result, "exit_code", 0))
 
 
-def _command(name: str) -> Command:
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            "unknown command", seen=name, rule=f"one of {', '.join(COMMANDS)}", fix=f"did you mean 'momo {near}'?"
-        )
-    return COMMANDS[name]
+def _command(arguments: list[str]) -> tuple[Command, list[str]]:
+    """Returns the command and the arguments after its name, which may be two words."""
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return COMMANDS[name], arguments[words:]
+    near = difflib.get_close_matches(arguments[0], COMMANDS, n=1, cutoff=0.0)[0]
+    raise ConfigError(
+        "unknown command", seen=arguments[0], rule=f"one of {', '.join(COMMANDS)}", fix=f"did you mean 'momo {near}'?"
+    )
+
+
+def _override(command: Command, item: str) -> str:
+    if "=" in item:
+        return item
+    if command.positional:
+        return f"{command.positional}={item}"
+    inner = [name for name in COMMANDS if name.startswith(f"{command.name} ")]
+    near = difflib.get_close_matches(f"{command.name} {item}", inner, n=1, cutoff=0.0)
+    raise ConfigError(
+        "an argument cannot be read",
+        seen=item,
+        rule="arguments are KEY=VALUE",
+        fix=f"did you mean 'momo {near[0]}'?" if near else f"see momo {command.name} --help",
+    )
 
 
 def general_help() -> str:
@@ -94,13 +113,13 @@ def general_help() -> str:
         "",
         "usage: momo COMMAND [--config FILE.yaml] [KEY=VALUE ...]",
         "",
-        *(f"  {command.name:<9} {command.summary}" for command in COMMANDS.values()),
+        *(f"  {command.name:<13} {command.summary}" for command in COMMANDS.values()),
         "",
         "  momo COMMAND --help          the main keys and an example",
         "  momo COMMAND --show-config   every key with its value and meaning",
         "",
         "example: momo demo out=demo",
-        "exit codes: 0 done, 2 something you can mend (one line says what), 1 a bug in momo",
+        "exit codes: 0 done, 3 done but some products failed, 2 something you can mend, 1 a bug in momo",
     ]
     return "\n".join(lines)
 

@@ -1,8 +1,10 @@
-"""Tiles as tensors, with every random choice drawn from the tile's key."""
+"""Tiles as tensors, with every random choice drawn from the tile's key.
+
+Tiles travel as they are stored, 8 or 16 bit, with the three numbers that scale them; scaling is left to the device.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +16,11 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from ..corpus import Corpus, Tile
+from ..corpus import Corpus, StoredTile
 from ..errors import ConfigError, DataError
 from ..files import sha256_json
 from ..models.masking import augmentation_rng, mask_noise, sample_rng
-from ..normalise import Normalisation
+from ..normalise import Normalisation, normalise_batch
 from .config import PretrainConfig
 
 
@@ -38,6 +40,11 @@ class Sources:
     def bounds(self) -> npt.NDArray[np.int64]:
         """Running sum of the training tiles of the corpora, from 0."""
         return np.cumsum([0] + [corpus.count("train") for corpus in self.corpora])
+
+    @property
+    def dtype(self) -> str:
+        """Type that holds the stored pixels of every corpus, so that a batch may mix them."""
+        return max((corpus.manifest.dtype for corpus in self.corpora), key=lambda name: np.dtype(name).itemsize)
 
     def card_sensors(self) -> list[dict[str, Any]]:
         """Returns the entries of `Card.sensors`."""
@@ -82,40 +89,91 @@ def open_sources(config: PretrainConfig, *, verify: bool) -> Sources:
 
 def _normalisation(policy: str, corpus: Corpus) -> Normalisation:
     if policy == "sensor_zscore":
+        if corpus.manifest.mixed_units:
+            raise ConfigError(
+                "sensor_zscore needs one unit",
+                seen=f"{corpus.path} joins products of different units",
+                rule="one mean and one deviation can scale tiles of one unit only",
+                fix="choose data.normalisation=per_tile_zscore, or prep calibrated products alone",
+            )
         return Normalisation(policy, mean=corpus.stats["mean"], std=corpus.stats["std"])
+    if policy == "per_product_percentile":
+        _check_percentiles(corpus)
     return Normalisation(policy)
+
+
+def _check_percentiles(corpus: Corpus) -> None:
+    for rows in corpus.index.values():
+        used = np.unique(rows.product.codes)
+        without = used[~np.isfinite(rows.percentiles[:, used]).all(axis=0)]
+        if len(without):
+            names = ", ".join(rows.product.values[without[:3]])
+            raise ConfigError(
+                "per_product_percentile needs percentiles of every product",
+                seen=f"{corpus.path}: {len(without)} products without, for example {names}",
+                rule="products.parquet has percentile_low and percentile_high",
+                fix="choose data.normalisation=per_tile_zscore, or run momo prep again",
+            )
 
 
 Sample = dict[str, Any]
 
 
 def to_sample(
-    tile: Tile, normalisation: Normalisation, rng: np.random.Generator, *, patches: int, in_chans: int, augment: bool
+    tile: StoredTile,
+    normalisation: Normalisation,
+    rng: np.random.Generator,
+    *,
+    patches: int,
+    dtype: str,
+    augment: bool,
 ) -> Sample:
-    """Makes one network input from a tile.
+    """Makes one sample of a batch from a tile; `to_inputs` makes network input of the batch.
 
     Args:
         tile: The decoded tile.
         normalisation: Scaling of its sensor.
         rng: Source of the symmetry and of the mask.
         patches: Number of patches N of the model.
-        in_chans: 1, or 3 equal channels.
+        dtype: `uint8` or `uint16`, one for all samples of a batch.
         augment: Draw one of the eight symmetries of the square; nadir images have no up.
 
     Returns:
-        `image` (C, H, W) float32, `valid` (H, W) bool, `noise` (N,) float32, `key`.
+        `stored` (H, W) of `dtype`, `valid` (H, W) bool, `affine` (3,) float32, `noise` (N,) float32, `key`.
     """
-    image, valid = normalisation(tile.value_HW, tile.valid_HW), tile.valid_HW
+    stored, valid = tile.stored_HW, tile.valid
     if augment:
         turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
-        image, valid = _turned(image, turns, mirror), _turned(valid, turns, mirror)
-    image_CHW = np.repeat(np.ascontiguousarray(image)[None], in_chans, axis=0)
+        stored = _turned(stored, turns, mirror)
+        if tile.valid_HW is not None:
+            valid = _turned(valid, turns, mirror)
     return {
-        "image": torch.from_numpy(image_CHW),
+        "stored": torch.from_numpy(np.ascontiguousarray(stored, dtype=dtype)),
         "valid": torch.from_numpy(np.ascontiguousarray(valid)),
+        "affine": torch.from_numpy(normalisation.affine(tile.statistics)),
         "noise": torch.from_numpy(mask_noise(rng, patches)),
         "key": tile.key,
     }
+
+
+def to_inputs(
+    batch: Sample, *, limit: float, in_chans: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Moves a batch of samples to a device and scales it there.
+
+    Args:
+        batch: Samples joined by the data loader.
+        limit: `Normalisation.limit`.
+        in_chans: 1, or 3 equal channels.
+        device: Where the model is.
+
+    Returns:
+        Images (B, C, H, W) float32, validity (B, H, W) bool and noise (B, N) float32.
+    """
+    stored, valid, affine, noise = (
+        batch[name].to(device, non_blocking=True) for name in ("stored", "valid", "affine", "noise")
+    )
+    return normalise_batch(stored, valid, affine, limit).expand(-1, in_chans, -1, -1), valid, noise
 
 
 class TrainTiles(Dataset[Sample]):
@@ -124,20 +182,17 @@ class TrainTiles(Dataset[Sample]):
     Args:
         sources: The corpora.
         patches: Number of patches of the model.
-        in_chans: 1, or 3 equal channels.
         augment: Draw one of the eight symmetries.
         seed: Seed of the run.
         cache_mb: When all decoded tiles fit into this memory they are kept after their first reading.
     """
 
-    def __init__(
-        self, sources: Sources, *, patches: int, in_chans: int, augment: bool, seed: int, cache_mb: int = 0
-    ) -> None:
-        self.sources, self.patches, self.in_chans = sources, patches, in_chans
-        self.augment, self.seed = augment, seed
-        # float32 pixels and the validity of each.
-        tile_bytes = 5 * sources.corpora[0].manifest.tile_size ** 2
-        self._cache: dict[int, Tile] | None = {} if len(self) * tile_bytes <= cache_mb << 20 else None
+    def __init__(self, sources: Sources, *, patches: int, augment: bool, seed: int, cache_mb: int = 0) -> None:
+        self.sources, self.patches, self.augment, self.seed = sources, patches, augment, seed
+        self._dtype = sources.dtype
+        # The pixels and, at worst, the validity of each.
+        tile_bytes = (np.dtype(self._dtype).itemsize + 1) * sources.corpora[0].manifest.tile_size ** 2
+        self._cache: dict[int, StoredTile] | None = {} if len(self) * tile_bytes <= cache_mb << 20 else None
 
     def __len__(self) -> int:
         return int(self.sources.bounds[-1])
@@ -152,16 +207,16 @@ class TrainTiles(Dataset[Sample]):
             self.sources.normalisations[number],
             rng,
             patches=self.patches,
-            in_chans=self.in_chans,
+            dtype=self._dtype,
             augment=self.augment,
         )
 
-    def _tile(self, number: int, index: int) -> Tile:
+    def _tile(self, number: int, index: int) -> StoredTile:
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        tile = self.sources.corpora[number].read("train", index - int(self.sources.bounds[number]))
+        tile = self.sources.corpora[number].read_stored("train", index - int(self.sources.bounds[number]))
         if self._cache is not None:
-            self._cache[index] = dataclasses.replace(tile, meta={})
+            self._cache[index] = tile
         return tile
 
 
@@ -184,17 +239,16 @@ def validation_subset(corpus: Corpus, limit: int, seed: int) -> npt.NDArray[np.i
 class ValidationTiles(Dataset[Sample]):
     """A fixed subset of one corpus's validation tiles with masks drawn from their keys."""
 
-    def __init__(
-        self, corpus: Corpus, normalisation: Normalisation, *, patches: int, in_chans: int, limit: int, seed: int
-    ) -> None:
+    def __init__(self, corpus: Corpus, normalisation: Normalisation, *, patches: int, limit: int, seed: int) -> None:
         self.corpus, self.normalisation = corpus, normalisation
-        self.patches, self.in_chans, self.seed = patches, in_chans, seed
+        self.patches, self.seed = patches, seed
         self.positions: Sequence[int] = validation_subset(corpus, limit, seed).tolist()
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, number: int) -> Sample:
-        tile = self.corpus.read("val", self.positions[number])
+        tile = self.corpus.read_stored("val", self.positions[number])
         rng = sample_rng(tile.key, self.seed, "validation mask")
-        return to_sample(tile, self.normalisation, rng, patches=self.patches, in_chans=self.in_chans, augment=False)
+        dtype = self.corpus.manifest.dtype
+        return to_sample(tile, self.normalisation, rng, patches=self.patches, dtype=dtype, augment=False)

@@ -18,7 +18,7 @@ from ..extras import require
 from ..runs import Checkpoint
 from .checkpoint import clean_partials, drop_old_engines, latest_resumable, write_checkpoint
 from .config import PretrainConfig
-from .data import Sources, TrainTiles, ValidationTiles, open_sources
+from .data import Sources, TrainTiles, ValidationTiles, open_sources, to_inputs
 from .metrics import RunLog
 from .optimisation import learning_rate, parameter_groups
 from .plan import SamplePlan
@@ -64,7 +64,6 @@ class Trainer:
                 corpus,
                 normalisation,
                 patches=shapes.patches,
-                in_chans=shapes.in_chans,
                 limit=options.samples,
                 seed=options.seed,
             )
@@ -118,7 +117,6 @@ class Trainer:
         tiles = TrainTiles(
             self.sources,
             patches=shapes.patches,
-            in_chans=shapes.in_chans,
             augment=options.augment,
             seed=self.config.seed,
             cache_mb=self.config.data.cache_mb,
@@ -162,7 +160,8 @@ class Trainer:
                 window = _Window()
 
     def _step(self, batch: dict[str, Any], *, measure: bool) -> torch.Tensor:
-        image, valid, noise = (batch[name].to(self.device, non_blocking=True) for name in ("image", "valid", "noise"))
+        limit, in_chans = self.sources.normalisations[0].limit, self.model.architecture.in_chans
+        image, valid, noise = to_inputs(batch, limit=limit, in_chans=in_chans, device=self.device)
         half = self.config.train.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             loss = self.engine(image, valid, noise).mean()

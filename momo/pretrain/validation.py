@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 from ..files import sha256_json
 from ..models import MaskedAutoencoder
 from ..normalise import Normalisation
-from .data import ValidationTiles
+from .data import ValidationTiles, to_inputs
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,14 @@ def tile_losses(
     """
     was_training = model.training
     model.eval()
+    limit = tiles.normalisation.limit
     losses = torch.zeros(len(tiles), dtype=torch.float64)
     for number, first in enumerate(range(0, len(tiles), batch_size)):
         if number % ranks != rank:
             continue
         places: Sequence[int] = range(first, min(first + batch_size, len(tiles)))
         batch = next(iter(DataLoader(Subset(tiles, places), batch_size=len(places))))
-        loss_B = model(*(batch[name].to(device) for name in ("image", "valid", "noise")))
+        loss_B = model(*to_inputs(batch, limit=limit, in_chans=model.architecture.in_chans, device=device))
         losses[places[0] : places[-1] + 1] = loss_B.double().cpu()
     model.train(was_training)
     return losses

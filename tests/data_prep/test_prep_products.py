@@ -7,10 +7,21 @@ import numpy as np
 import pytest
 
 from momo.data_prep.labels import pds3_number
-from momo.data_prep.products import inspect, open_product, quiet_gdal, read_window
+from momo.data_prep.products import open_product, quiet_gdal, read_window
 from momo.data_prep.radiometry import choose_encoding
 from momo.errors import DataError
-from tests.data_prep.products import earth_crs, gdal, mars_crs, terrain, write_pds3, write_raster
+from tests.data_prep.products import (
+    earth_crs,
+    gdal,
+    mars_crs,
+    terrain,
+    write_detached,
+    write_pds3,
+    write_raster,
+)
+from tests.data_prep.products import (
+    inspect_file as inspect,
+)
 
 FLOAT_SPECIAL = np.array([0xFF7FFFFB, 0xFF7FFFFC, 0xFF7FFFFD, 0xFF7FFFFE, 0xFF7FFFFF], dtype=np.uint32).view(np.float32)
 ISIS_SPECIAL = {
@@ -217,3 +228,44 @@ def test_gsd_comes_from_the_georeference_first(tmp_path):
     plain = write_raster(tmp_path / "b.tif", np.zeros((4, 4), np.uint8))
     assert inspect(located, gsd_m=99.0).gsd_m == pytest.approx(6.0)
     assert inspect(plain, gsd_m=99.0).gsd_m == 99.0 and math.isnan(inspect(plain).gsd_m)
+
+
+BYTES = (terrain(48, 64) * 200 + 20).astype("u1")
+
+
+def test_collar_and_its_override(tmp_path):
+    image = octets = BYTES.copy()
+    octets[:, :10] = 0
+    path = write_raster(tmp_path / "a.tif", image)
+    product = inspect(path)
+    assert product.validity.special == (0.0,) and any("border is filled with 0" in note for note in product.notes)
+    for settings in ({"collar": "off"}, {"nodata": []}, {"nodata": [7.0]}):
+        assert 0.0 not in inspect(path, **settings).validity.special
+
+
+def test_saturation_levels(tmp_path):
+    def levels(dtype, **keys):
+        image = (terrain(48, 64) * 900 + 30).astype(dtype)
+        return inspect(write_detached(tmp_path / "a.lbl", image, keys={"MISSING_CONSTANT": None} | keys)).saturation
+
+    ten_bits = {"SAMPLE_BIT_MASK": "2#0000001111111111#"}
+    assert levels(">u2", **ten_bits, MISSING_CONSTANT=5) == (0.0, 1023.0)
+    assert levels(">u2", **ten_bits, MISSING_CONSTANT=1023) == (0.0, np.inf), "what is masked cannot be counted"
+    assert levels(">i2", MISSING_CONSTANT=-9, VALID_MAXIMUM=4095, VALID_MINIMUM=0) == (0.0, 4095.0)
+    assert levels(">f4", MISSING_CONSTANT=0) == (-np.inf, np.inf)
+
+
+def test_settings_of_the_user_and_gsd_of_the_label(tmp_path):
+    path = write_detached(tmp_path / "a.lbl", BYTES, extra=["START_TIME = 2006-11-08T04:49:13.821"])
+    product = inspect(path)
+    assert product.observation.acquired.startswith("2006-11-08T04:49:13") and np.isnan(product.gsd_m)
+    product = inspect(path, product_id="mine", acquired="2020-01-01T00:00:00", gsd_m=6.0)
+    assert (product.product_id, product.observation.acquired, product.gsd_m) == ("mine", "2020-01-01T00:00:00", 6.0)
+    assert product.native_gsd_m == 6.0 and product.resampling is None
+
+
+def test_gsd_of_the_label_is_said(tmp_path):
+    path = write_detached(tmp_path / "a.lbl", BYTES, extra=["MAP_SCALE = 25 <M/PIXEL>"])
+    product = inspect(path)
+    assert product.gsd_m == 25.0 and any("is from the label; it has no map projection" in n for n in product.notes)
+    assert inspect(path, gsd_m=6.0).gsd_m == 6.0

@@ -15,7 +15,8 @@ from momo.config import describe_options, nested_schema
 
 def test_the_surface_is_frozen():
     """New knobs go into the configuration; a new command or flag changes this test on purpose."""
-    assert list(COMMANDS) == ["demo", "prep", "pretrain", "select", "merge", "eval", "report"]
+    inner = ["prep describe", "prep verify", "prep import"]
+    assert list(COMMANDS) == ["demo", "prep", *inner, "pretrain", "select", "merge", "eval", "report"]
 
 
 def test_general_help_fits_a_screen(capsys):
@@ -28,7 +29,7 @@ def test_general_help_fits_a_screen(capsys):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_help_fits_a_screen_and_shows_an_example(name, capsys):
-    assert main([name, "--help"]) == 0
+    assert main([*name.split(), "--help"]) == 0
     out = capsys.readouterr().out
     assert f"example: momo {name}" in out
     assert len(out.splitlines()) <= 24 and max(map(len, out.splitlines())) <= 100
@@ -51,7 +52,7 @@ def test_every_key_of_every_command_is_explained(name, capsys):
     assert not bare
     keys = [key for key, _, _ in describe_options(schema)]
     assert set(COMMANDS[name].keys) <= set(keys)
-    assert main([name, "--show-config"]) == 0
+    assert main([*name.split(), "--show-config"]) == 0
     out = capsys.readouterr().out
     assert all(f"\n{key} = " in out for key in keys)
 
@@ -66,6 +67,9 @@ def test_show_config_resolves_overrides(capsys):
     [
         (["pretrian"], "unknown command: pretrian.*did you mean 'momo pretrain'"),
         (["merge", "--force"], "unknown flag: --force"),
+        (["prep", "descrbe", "corpus"], "an argument cannot be read: descrbe.*did you mean 'momo prep describe'"),
+        (["merge", "selection.yaml"], "an argument cannot be read: selection.yaml.*see momo merge --help"),
+        (["prep", "verify", "none"], "this is no corpus: none"),
         (["merge", "--config", "none.yaml"], "the configuration file does not exist: none.yaml"),
         (["merge", "out=x", "methd=average"], "did you mean 'method'"),
         (["select", "runs=[no,such]", "out=s.yaml"], "this is no run"),

@@ -116,13 +116,11 @@ def test_biases_norms_and_tokens_are_not_decayed():
 
 def test_cached_tiles_equal_tiles_read_anew(tiny_corpus, tmp_path):
     sources = open_sources(make_config(tmp_path / "r", tiny_corpus), verify=False)
-    plain, cached = (
-        TrainTiles(sources, patches=16, in_chans=1, augment=True, seed=1, cache_mb=megabytes) for megabytes in (0, 1)
-    )
+    plain, cached = (TrainTiles(sources, patches=16, augment=True, seed=1, cache_mb=megabytes) for megabytes in (0, 1))
     for place in [(0, 3), (0, 4), (1, 3), (2, 3), (1, 4)]:
         first, second = plain[place], cached[place]
         assert first["key"] == second["key"]
-        assert all(torch.equal(first[name], second[name]) for name in ("image", "valid", "noise"))
+        assert all(torch.equal(first[name], second[name]) for name in ("stored", "valid", "affine", "noise"))
     assert not torch.equal(plain[(0, 3)]["noise"], plain[(1, 3)]["noise"])
 
 
@@ -131,7 +129,7 @@ def test_cached_tiles_equal_tiles_read_anew(tiny_corpus, tmp_path):
 
 @pytest.fixture
 def validation_tiles(tiny_corpus):
-    return ValidationTiles(Corpus(tiny_corpus), Normalisation(), patches=16, in_chans=1, limit=100, seed=1)
+    return ValidationTiles(Corpus(tiny_corpus), Normalisation(), patches=16, limit=100, seed=1)
 
 
 def test_validation_loss_is_a_function_of_the_weights_alone(validation_tiles):
@@ -154,8 +152,7 @@ def test_shares_of_the_ranks_add_up_bit_for_bit(validation_tiles, ranks):
 
 def test_subset_is_fixed_and_of_the_size_asked_for(tiny_corpus):
     picks = [
-        ValidationTiles(Corpus(tiny_corpus), Normalisation(), patches=16, in_chans=1, limit=5, seed=s).positions
-        for s in (1, 1, 2)
+        ValidationTiles(Corpus(tiny_corpus), Normalisation(), patches=16, limit=5, seed=s).positions for s in (1, 1, 2)
     ]
     assert picks[0] == picks[1] != picks[2] and len(set(picks[0])) == 5
 
@@ -204,9 +201,7 @@ def test_run_leaves_the_artefact_the_house_describes(tiny_corpus, tmp_path, one_
     assert card.val_loss["count"] == 8 and card.val_loss["stderr"] > 0
     model, _ = load_mae(checkpoints[-1].path)
     assert torch.equal(model.pos_embed, load_mae(base)[0].pos_embed)
-    tiles = ValidationTiles(
-        Corpus(tiny_corpus), Normalisation(), patches=16, in_chans=1, limit=100, seed=config.validation.seed
-    )
+    tiles = ValidationTiles(Corpus(tiny_corpus), Normalisation(), patches=16, limit=100, seed=config.validation.seed)
     again = summarise({"CTX": tile_losses(model, tiles, batch_size=4)}, "p")
     assert again["loss"] == card.val_loss["loss"]
     records = read_metrics(run)
