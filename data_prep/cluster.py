@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from momo.errors import ConfigError, DataError, MomoError
+from momo.errors import ConfigError, DataError
 from momo.extras import require
 from momo.version import __version__
 

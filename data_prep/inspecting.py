@@ -22,6 +22,7 @@ from .sources import Source, described_by_labels, find_sources
 from .tiling import short_reason
 
 Report = Callable[[str], None]
+_SAID = 20  # failures told as they come
 
 
 @dataclass
@@ -47,7 +48,10 @@ class Failures:
         if self.on_error == "stop":
             raise error
         reason = short_reason(error, source)
-        self.report(f"  FAILED {source.display}: {reason}")
+        if len(self.listed) < _SAID:
+            self.report(f"  FAILED {source.display}: {reason}")
+        elif len(self.listed) == _SAID:
+            self.report(f"  more than {_SAID} products failed; all are listed at the end")
         self.listed.append({"source": source.display, "reason": reason})
 
 

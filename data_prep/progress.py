@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -89,13 +90,16 @@ def duration(seconds: float) -> str:
 
 
 def report_products(ready: Sequence[Ready], sensor: str, report: Report) -> None:
-    """Prints what became of each product; of many only those that something has to be said of."""
-    shown = [item for item in ready if len(ready) <= _LINES or item.info.notes]
-    for item in shown[:_LINES]:
-        _report_product(item.product, item.info, sensor, report)
-    if rest := len(ready) - len(shown[:_LINES]):
-        noted = max(0, len(shown) - _LINES)
-        report(f"  {rest} more products, {noted} of them with notes: see products.parquet")
+    """Prints what became of each product; of many only what there is to note."""
+    if len(ready) <= _LINES:
+        for item in ready:
+            _report_product(item.product, item.info, sensor, report)
+        return
+    notes = Counter(note for item in ready for note in item.info.notes)
+    for note, count in notes.most_common(_LINES):
+        report(f"  note on {count} {'product' if count == 1 else 'products'}: {note}")
+    if len(notes) > _LINES:
+        report(f"  and {len(notes) - _LINES} other notes: see products.parquet")
 
 
 def _report_product(product: Product, info: PieceInfo, sensor: str, report: Report) -> None:
@@ -127,9 +131,7 @@ def report_drops(plan: Plan, report: Report) -> None:
         report(f"  {note}")
 
 
-def report_totals(
-    manifest: Manifest, out: Path, products: int, failures: int, seconds: float, report: Report
-) -> None:
+def report_totals(manifest: Manifest, out: Path, products: int, failures: int, seconds: float, report: Report) -> None:
     """Prints the last lines."""
     tiles, size = sum(manifest.splits.values()), sum(shard.bytes for shard in manifest.shards)
     report(
@@ -144,6 +146,14 @@ def report_totals(
             " make cells smaller (split.order, split.block_tiles), raise split.val_fraction, or take another seed"
         )
     if failures:
-        report(f"  {failures} products FAILED:")
-        for item in manifest.failures:
-            report(f"    {item['source']}: {item['reason']}")
+        report(f"  {failures} {'product' if failures == 1 else 'products'} FAILED:")
+        _report_failures(manifest.failures, report)
+
+
+def _report_failures(failures: Sequence[dict[str, str]], report: Report) -> None:
+    """Lists failed products; of many the first, and how many more have each kind of reason."""
+    for item in failures[:_LINES]:
+        report(f"    {item['source']}: {item['reason']}")
+    kinds = Counter(item["reason"].partition(":")[0] for item in failures[_LINES:])
+    for kind, count in kinds.most_common():
+        report(f"    and {count} more: {kind} (all in report.json)")

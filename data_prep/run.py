@@ -7,6 +7,7 @@ finished pieces are found again.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
@@ -85,23 +86,34 @@ def prep(config: PrepConfig, report: Report = print) -> PrepResult:
     if done is not None and not done.failures:
         report(f"{out} is complete already: {sum(done.splits.values())} tiles; nothing to do")
         return PrepResult(Path(config.out), [])
-    with atomic_folder(out, replace=done is not None) as folder:
-        with open_workers(config, len(sources), work) as workers:
-            report(f"{len(sources)} {'file' if len(sources) == 1 else 'files'}, {workers.description}")
-            products = inspect_all(sources, config, workers, failures, report)
-            sensor, products = one_sensor(products, config, failures)
-            settings = _cut_settings(config, products)
-            ready = _cut_all(products, settings, work, workers, failures, report, sensor)
-            _refuse_nothing(ready, failures)
-            plan = make_plan(tile_table(ready, config), config, settings.order)
-            report_drops(plan, report)
-            manifest = _assemble(folder, ready, plan, config, settings, sensor, workers, failures, inputs, report)
+    with (
+        atomic_folder(out, replace=done is not None) as folder,
+        open_workers(config, len(sources), work) as workers,
+    ):
+        report(f"{len(sources)} {'file' if len(sources) == 1 else 'files'}, {workers.description}")
+        products = inspect_all(sources, config, workers, failures, report)
+        sensor, products = one_sensor(products, config, failures)
+        settings = _cut_settings(config, products)
+        ready = _cut_all(products, settings, work, workers, failures, report, sensor)
+        _refuse_nothing(ready, failures)
+        plan = make_plan(tile_table(ready, config), config, settings.order)
+        report_drops(plan, report)
+        manifest = _assemble(folder, ready, plan, config, settings, sensor, workers, failures, inputs, report)
     report_totals(manifest, Path(config.out), len(ready), len(failures.listed), time.perf_counter() - started, report)
     if failures.listed:
         report(f"  kept {work}: when they are mended, the same command redoes these products only")
     else:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove_work(work, ready, own=config.work is None)
     return PrepResult(Path(config.out), failures.listed)
+
+
+def _remove_work(work: Path, ready: list[Ready], own: bool) -> None:
+    """Removes the pieces, of a work folder that the user named only those of this corpus."""
+    for folder in [work / "pieces"] if own else [item.folder for item in ready]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in (work / "pieces", work):
+        with contextlib.suppress(OSError):  # not empty, or never made
+            folder.rmdir()
 
 
 def _inputs(config: PrepConfig, sources: list[Source]) -> str:
@@ -246,9 +258,7 @@ def _products_of_tiles(ready: list[Ready]) -> np.ndarray[Any, Any]:
     return np.repeat(np.arange(len(ready)), [item.info.tiles for item in ready])
 
 
-def _shard_plans(
-    folder: Path, ready: list[Ready], plan: Plan, config: PrepConfig, sensor: str
-) -> list[ShardPlan]:
+def _shard_plans(folder: Path, ready: list[Ready], plan: Plan, config: PrepConfig, sensor: str) -> list[ShardPlan]:
     product_N = _products_of_tiles(ready)
     first = np.concatenate([[0], np.cumsum([item.info.tiles for item in ready])])
     plans = []

@@ -297,7 +297,9 @@ class _Cutter:
             mean=mean,
             damage=damage,
             notes=[note for note in (*self.product.notes, encoding.note) if note],
-            examples=[item for reason in sorted(self._examples) for _, item in sorted(self._examples[reason], key=_first)],
+            examples=[
+                item for reason in sorted(self._examples) for _, item in sorted(self._examples[reason], key=_first)
+            ],
         )
 
 

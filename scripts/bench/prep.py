@@ -30,7 +30,9 @@ from momo.data_prep.tiling import cut
 gdal.UseExceptions()
 TILE, STRIP, REPEATS = 224, 500, 3
 SETTINGS = {"side": 20_000}
-MARS = 'GEOGCS["Mars",DATUM["Mars",SPHEROID["Mars",3396190,169.894447223612]],PRIMEM["R",0],UNIT["degree",0.0174532925]]'
+MARS = (
+    'GEOGCS["Mars",DATUM["Mars",SPHEROID["Mars",3396190,169.894447223612]],PRIMEM["R",0],UNIT["degree",0.0174532925]]'
+)
 
 
 def write_scene(path: Path, width: int, height: int) -> None:

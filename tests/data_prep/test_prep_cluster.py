@@ -20,8 +20,8 @@ from momo.corpus import Corpus
 from momo.data_prep import PrepConfig, cluster, prep
 from momo.data_prep.cluster import open_workers
 from momo.errors import ConfigError, DataError
+from tests.data_prep.prep_helper import LOCATED, config_of, ground
 from tests.data_prep.products import write_raster
-from tests.data_prep.test_prep_run import LOCATED, config_of, ground
 
 
 def scenes(folder: Path, count: int = 4) -> str:
@@ -140,7 +140,7 @@ def test_slurm_jobs(tmp_path, monkeypatch):
     tools, log = tmp_path / "bin", tmp_path / "job.sh"
     tools.mkdir()
     (tools / "sbatch").write_text(
-        f"#!/bin/bash\ncp \"${{@: -1}}\" {log}\nsetsid bash {log} >{tmp_path}/job.log 2>&1 </dev/null &\n"
+        f'#!/bin/bash\ncp "${{@: -1}}" {log}\nsetsid bash {log} >{tmp_path}/job.log 2>&1 </dev/null &\n'
         f"echo $! >{tmp_path}/pid\necho Submitted batch job 17\n"
     )
     (tools / "scancel").write_text(f"#!/bin/bash\nkill -- -$(cat {tmp_path}/pid)\n")
@@ -150,7 +150,14 @@ def test_slurm_jobs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = scenes(tmp_path / "in", 2)
     lines: list[str] = []
-    slurm = {"jobs": 1, "cores": 1, "memory": "1GB", "walltime": "00:10:00", "queue": "short", "prologue": ["echo hello"]}
+    slurm = {
+        "jobs": 1,
+        "cores": 1,
+        "memory": "1GB",
+        "walltime": "00:10:00",
+        "queue": "short",
+        "prologue": ["echo hello"],
+    }
     prep(config_of(folder, tmp_path / "jobs", slurm=slurm), report=lines.append)
     prep(config_of(folder, tmp_path / "here"), report=print)
     assert "1 SLURM job, 1 worker" in lines[0]
@@ -171,7 +178,8 @@ def test_killed_and_started_again_it_continues(tmp_path):
     prep(config_of(folder, tmp_path / "whole"), report=print)
     config = config_of(folder, tmp_path / "killed")
     code = (
-        "import sys, time; from momo.data_prep import tiling, prep, PrepConfig; from momo.config import config_from_dict\n"
+        "import sys, time; from momo.data_prep import tiling, prep, PrepConfig\n"
+        "from momo.config import config_from_dict\n"
         "original = tiling._cut_into\n"
         "def slow(*a):\n    time.sleep(0.3)\n    return original(*a)\n"
         "tiling._cut_into = slow\n"
