@@ -62,7 +62,7 @@ def _inspect(config: PrepConfig, source: Source) -> Product | MomoError:
         if config.resample.gsd_m is not None:
             product = resampled(product, config.resample.gsd_m, config.resample.kernel)
         return product
-    except MomoError as error:
+    except DataError as error:
         return error
 
 

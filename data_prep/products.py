@@ -266,7 +266,8 @@ def _without_collar(dataset: Any, band: int, dtype: str, validity: Validity, col
     if value is None:
         return validity, []
     note = (
-        f"its border is filled with {value:g}, and no no-data is declared: {value:g} is taken as no data (collar=off trusts it)"
+        f"its border is filled with {value:g}, and no no-data is declared: {value:g} is taken as no data "
+        "(collar=off trusts it)"
     )
     return dataclasses.replace(validity, special=(*validity.special, value)), [note]
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from momo.errors import DataError
 
+from .dead_lines import mask_dead_lines
 from .products import Product, Validity, gdal_module, open_product, quiet_gdal, read_window
 
 # Kernel -> GDAL's name and its radius in pixels of the coarser grid.
@@ -152,7 +153,8 @@ class _ResampledRows:
     The new grid is divided into blocks that depend on the product alone. A block is warped by itself, from its
     source pixels and a margin that covers the kernel, so no pixel depends on how rows are asked for. GDAL's kernels
     leave invalid pixels out and divide by the weight that remains. A new pixel is valid where GDAL gives a value and
-    at least half of its area is measured (nearest: where its one source pixel is).
+    at least half of its area is measured (nearest: where its one source pixel is). Dead lines of a block are masked
+    before: afterwards they could no longer be told from dark ground.
     """
 
     def __init__(self, product: Product, dataset: Any) -> None:
@@ -203,6 +205,7 @@ class _ResampledRows:
         shape = (rows[1] - rows[0], cols[1] - cols[0])
         with quiet_gdal():
             raw, valid = read_window(self._dataset, self._product, left, top, right - left, bottom - top)
+            valid = mask_dead_lines(raw, valid)[0]
             if not valid.any():
                 return np.zeros(shape, dtype=self._product.dtype), np.zeros(shape, dtype=bool)
             whole = bool(valid.all())

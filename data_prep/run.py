@@ -22,6 +22,7 @@ import numpy as np
 from momo.config import to_dict
 from momo.corpus_format import FORMAT_VERSION, INDEX_COLUMNS, SPLITS, Manifest
 from momo.errors import DataError, MomoError
+from momo.extras import require_installed
 from momo.files import atomic_folder, sha256_json, write_json
 
 from .assembly import Part, ShardPlan, add_statistics, chunks, in_order, write_shard
@@ -30,7 +31,7 @@ from .config import PrepConfig
 from .inspecting import Failures, inspect_all, one_sensor, sources_of
 from .pieces import CutSettings
 from .planning import Plan, make_plan
-from .products import Product
+from .products import Product, gdal_module
 from .progress import Progress, report_drops, report_products, report_totals
 from .shards import TableFile, write_manifest
 from .sources import Source
@@ -76,6 +77,10 @@ def prep(config: PrepConfig, report: Report = print) -> PrepResult:
         ConfigError: A setting is wrong, or a package is not installed.
         DataError: A product is bad and `on_error` is `stop`, none is left, or the output is another artefact.
     """
+    # A missing package is told now, not by every product.
+    gdal_module()
+    for module in ("pyarrow", "scipy", "shapely", "zstandard", "distributed"):
+        require_installed(module, "prep")
     started = time.perf_counter()
     out = Path(config.out).absolute()
     work = Path(config.work).absolute() if config.work else out.with_name(f"{out.name}.work")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import hashlib
-import io
 import json
 import math
 import tarfile
@@ -52,7 +51,7 @@ class TileRecord:
     meta: dict[str, Any]
 
 
-class _HashingStream(io.RawIOBase):
+class _HashingStream:
     """Writes to a file and hashes what passes."""
 
     def __init__(self, path: Path) -> None:
@@ -60,20 +59,13 @@ class _HashingStream(io.RawIOBase):
         self.digest = hashlib.sha256()
         self.size = 0
 
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes) -> None:
         self.digest.update(data)
         self.size += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self.size
+        self._file.write(data)
 
     def close(self) -> None:
         self._file.close()
-        super().close()
 
 
 class ShardFile:
@@ -89,8 +81,6 @@ class ShardFile:
     def __init__(self, folder: Path, split: str, number: int, codec: str) -> None:
         self.entry = ShardEntry(name=f"{split}-{number:06d}.tar", split=split, samples=0, bytes=0, sha256="")
         self._stream = _HashingStream(folder / self.entry.name)
-        # webdataset's own writer does the same, and imports torch into every worker.
-        self._tar = tarfile.TarFile(fileobj=self._stream, mode="w", format=tarfile.USTAR_FORMAT)
         self._tile, self._mask = TILE_SUFFIX[codec], MASK_SUFFIX[codec]
 
     def add(self, key: str, meta: Mapping[str, Any], tile: bytes, mask: bytes | None) -> tuple[int, int]:
@@ -105,22 +95,25 @@ class ShardFile:
         Returns:
             First byte of the sample and the number of its bytes.
         """
-        offset = self._tar.offset
+        offset = self._stream.size
         self._member(f"{key}.json", json.dumps(_without_nan(meta), sort_keys=True, allow_nan=False).encode())
         self._member(f"{key}.{self._tile}", tile)
         if mask is not None:
             self._member(f"{key}.{self._mask}", mask)
         self.entry.samples += 1
-        return offset, self._tar.offset - offset
+        return offset, self._stream.size - offset
 
     def _member(self, name: str, data: bytes) -> None:
+        # The headers are the standard library's; webdataset's own writer would import torch into every worker.
         info = tarfile.TarInfo(name)
         info.size, info.mode, info.uname, info.gname = len(data), 0o444, "momo", "momo"
-        self._tar.addfile(info, io.BytesIO(data))
+        self._stream.write(info.tobuf(tarfile.USTAR_FORMAT))
+        self._stream.write(data)
+        self._stream.write(bytes(-len(data) % tarfile.BLOCKSIZE))
 
     def close(self) -> ShardEntry:
         """Closes the file and returns its entry with size and hash."""
-        self._tar.close()
+        self._stream.write(bytes(2 * tarfile.BLOCKSIZE))
         self._stream.close()
         self.entry.bytes, self.entry.sha256 = self._stream.size, self._stream.digest.hexdigest()
         return self.entry

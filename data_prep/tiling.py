@@ -85,7 +85,7 @@ def cut(product: Product, settings: CutSettings, work: Path) -> Cut:
             return Cut(folder, info.damage, _damage(info, product), 0.0, info)
         with atomic_folder(folder) as partial:
             info = _cut_into(partial, product, settings)
-    except MomoError as error:
+    except DataError as error:
         return Cut(None, short_reason(error, product.source), error, time.perf_counter() - started)
     return Cut(folder, info.damage, _damage(info, product), time.perf_counter() - started, info)
 

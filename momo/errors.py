@@ -29,7 +29,8 @@ class MomoError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Keeps the parts when the error travels from a worker process."""
-        return _rebuilt, (type(self), self.what, self.seen if self.seen is None else str(self.seen), self.rule, self.fix)
+        seen = None if self.seen is None else str(self.seen)
+        return _rebuilt, (type(self), self.what, seen, self.rule, self.fix)
 
 
 def _rebuilt(kind: type[MomoError], what: str, seen: object, rule: str | None, fix: str | None) -> MomoError:

@@ -27,7 +27,8 @@ from .commands import COMMANDS
 
 # Modules of every extra: a missing one is told before minutes of work, not after.
 _NEEDED = {
-    "osgeo": "prep", "pyarrow": "prep", "zstandard": "prep", "shapely": "prep", "deepspeed": "pretrain", "tensorboard": "pretrain",
+    "osgeo": "prep", "pyarrow": "prep", "zstandard": "prep", "shapely": "prep",
+    "deepspeed": "pretrain", "tensorboard": "pretrain",
     "sklearn": "eval", "matplotlib": "eval", "jinja2": "eval",
 }  # fmt: skip
 

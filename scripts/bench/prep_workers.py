@@ -69,7 +69,8 @@ def main() -> None:
                 prints.add(Corpus(out).manifest.fingerprint)
     one, two = min(seconds[1]), min(seconds[2])
     print(
-        f"{SETTINGS['scenes']} scenes of {SETTINGS['side']} x {SETTINGS['side']}: one worker {one:.2f} s, two {two:.2f} s"
+        f"{SETTINGS['scenes']} scenes of {SETTINGS['side']} x {SETTINGS['side']}: "
+        f"one worker {one:.2f} s, two {two:.2f} s"
     )
     print(f"ratio {one / two:.2f}; the same bytes each time: {len(prints) == 1}")
 

@@ -1,4 +1,4 @@
-"""Plans and writes a corpus at 1/100 of 12 million tiles, and at half of that, to show that nothing grows faster than the tiles.
+"""Plans and writes a corpus at 1/100 of 12 million tiles, and at half of that: does anything grow faster than the tiles?
 
 python scripts/bench/scale.py                 120,000 tiles
 python scripts/bench/scale.py tiles=30000
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from prep import peak_mb
 
 from momo.codecs import encode_tile
