@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import PrepConfig as PrepConfig
-    from .describe import DescribeConfig as DescribeConfig
-    from .describe import describe as describe
-    from .import_momo import ImportConfig as ImportConfig
-    from .import_momo import import_momo as import_momo
+    from .describing import DescribeConfig as DescribeConfig
+    from .describing import describe as describe
+    from .importing import ImportConfig as ImportConfig
+    from .importing import import_momo as import_momo
     from .run import PrepResult as PrepResult
     from .run import prep as prep
-    from .verify import VerifyConfig as VerifyConfig
-    from .verify import verify as verify
+    from .verifying import VerifyConfig as VerifyConfig
+    from .verifying import verify as verify
     from .world import WorldConfig as WorldConfig
     from .world import make_world as make_world
 
 _HOME = {
-    "PrepConfig": ".config", "PrepResult": ".run", "prep": ".run", "DescribeConfig": ".describe",
-    "describe": ".describe", "VerifyConfig": ".verify", "verify": ".verify", "ImportConfig": ".import_momo",
-    "import_momo": ".import_momo", "WorldConfig": ".world", "make_world": ".world",
+    "PrepConfig": ".config", "PrepResult": ".run", "prep": ".run", "DescribeConfig": ".describing",
+    "describe": ".describing", "VerifyConfig": ".verifying", "verify": ".verifying", "ImportConfig": ".importing",
+    "import_momo": ".importing", "WorldConfig": ".world", "make_world": ".world",
 }  # fmt: skip
 __all__ = [
     "DescribeConfig",

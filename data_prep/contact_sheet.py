@@ -67,7 +67,7 @@ def thumbnail(stored_HW: npt.NDArray[Any], valid_HW: npt.NDArray[np.bool_], side
     Returns:
         uint8; 0 where nothing is valid.
     """
-    weight_hH, weight_wW = _area_weights(*stored_HW.shape, side)
+    weight_hH, weight_wW = _area_weights(stored_HW.shape, side)
     values_HW = np.where(valid_HW, stored_HW, 0).astype(np.float64)
     share_hw = weight_hH @ valid_HW.astype(np.float64) @ weight_wW.T
     measured_hw = share_hw > 1e-9
@@ -83,16 +83,16 @@ def thumbnail(stored_HW: npt.NDArray[Any], valid_HW: npt.NDArray[np.bool_], side
 
 def thumbnail_mask(valid_HW: npt.NDArray[np.bool_], side: int = SIDE) -> npt.NDArray[np.bool_]:
     """Returns where a thumbnail shows measured pixels: at least half of the area it covers."""
-    weight_hH, weight_wW = _area_weights(*valid_HW.shape, side)
+    weight_hH, weight_wW = _area_weights(valid_HW.shape, side)
     share_hw: npt.NDArray[np.bool_] = weight_hH @ valid_HW.astype(np.float64) @ weight_wW.T >= 0.5 - 1e-9
     return share_hw
 
 
-def _area_weights(height: int, width: int, side: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _area_weights(shape: tuple[int, ...], side: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Returns for rows and columns the share of each pixel in each thumbnail pixel; every row sums to 1."""
-    shrink = min(1.0, side / max(height, width))
+    shrink = min(1.0, side / max(shape))
     weights = []
-    for length in (height, width):
+    for length in shape:
         cells = max(1, round(length * shrink))
         edge = np.arange(cells + 1) * (length / cells)
         first, last = edge[:-1, None], edge[1:, None]

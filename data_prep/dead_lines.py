@@ -10,6 +10,8 @@ import numpy.typing as npt
 _LEAST = 16
 _WIDEST_COLUMNS = 2
 _REACH = 8
+# How many lines beyond a run its judgement may need.
+LINES_BEYOND = _REACH + 2
 _FIRST_LOOK = 8
 _SECOND_LOOK = 64
 
@@ -53,6 +55,11 @@ def mask_dead_lines(raw_HW: Array, valid_HW: Mask) -> tuple[Mask, Mask, Mask]:
         if more_H.any():
             valid_HW, rows_H = valid_HW & ~more_H[:, None], rows_H | more_H
     return valid_HW, rows_H, cols_W
+
+
+def holds_constant_row(raw_HW: Array, valid_HW: Mask) -> bool:
+    """Returns whether some row has at least 16 valid pixels, all of one value."""
+    return bool(_constant_rows(raw_HW, valid_HW).any())
 
 
 def _dead_rows(raw_HW: Array, valid_HW: Mask, longest: int | None) -> Mask:

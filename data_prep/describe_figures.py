@@ -1,4 +1,4 @@
-"""Plots and mosaic of the data card.
+"""Plots of the data card; its maps are in `describe_maps`.
 
 Drawn on `Figure` objects without pyplot, so no global state; PNG without dates, so same numbers give same bytes.
 Colours are from the Okabe-Ito palette, which holds up under colour blindness; train has the sensor's colour.
@@ -7,6 +7,7 @@ Colours are from the Okabe-Ito palette, which holds up under colour blindness; t
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,21 +21,13 @@ from PIL import Image
 from momo.extras import require
 from momo.sensors import sensor_colour
 
-from .describe_numbers import BAND_DEG, GRID_DEG, MEASURES, Floats, Measure, PixelHistogram, Rows, Tables
+from .describe_numbers import BAND_DEG, MEASURES, Floats, Measure, Tables, Tones
 from .describe_sources import Products
 
 INK, FAINT, GRID = "#22262b", "#6b737c", "#e3e6e9"
 DPI = 200
 MAX_UNITS = 24
 _FEW_PRODUCTS = 24
-_FEW_POINTS = 20_000
-_CLOSE_DEG = 40.0
-# IAU Gazetteer of Planetary Nomenclature, centres, east positive; for orientation on the map.
-_FEATURES = {
-    "Olympus Mons": (-133.8, 18.7), "Valles Marineris": (-58.6, -14.0), "Hellas": (70.5, -42.4),
-    "Argyre": (-43.3, -49.8), "Elysium Mons": (147.2, 25.0), "Syrtis Major": (69.5, 8.4), "Utopia": (117.5, 46.7),
-    "Acidalia": (-21.7, 49.8),
-}  # fmt: skip
 _MEASURE_LABELS = {
     "valid_fraction": "valid fraction", "quality": "structural score", "noise": "noise / tile std", "blur": "blur",
     "stripes": "striping", "saturation": "saturated share",
@@ -66,7 +59,8 @@ def val_colour(sensor: str) -> str:
 
 
 @contextmanager
-def _axes(width: float, height: float, rows: int = 1, cols: int = 1) -> Iterator[tuple[Any, Any]]:
+def new_axes(width: float, height: float, rows: int = 1, cols: int = 1) -> Iterator[tuple[Any, Any]]:
+    """Gives a figure of `width` x `height` inches in the style of the card, and its axes."""
     matplotlib = require("matplotlib", "prep")
     figures = require("matplotlib.figure", "prep")
     style = {
@@ -81,7 +75,8 @@ def _axes(width: float, height: float, rows: int = 1, cols: int = 1) -> Iterator
         yield figure, figure.subplots(rows, cols)
 
 
-def _png(figure: Any) -> bytes:
+def figure_png(figure: Any) -> bytes:
+    """Returns a figure as PNG."""
     require("matplotlib.backends.backend_agg", "prep").FigureCanvasAgg(figure)
     raw = io.BytesIO()
     figure.savefig(raw, format="png", dpi=DPI, metadata={"Software": None})
@@ -109,7 +104,8 @@ def _counts_on(axis: Any) -> None:
     axis.set_major_formatter(short_count)
 
 
-def _legend(axes: Any, sensor: str, val: bool) -> None:
+def split_legend(axes: Any, sensor: str, val: bool) -> None:
+    """Adds the colours of training and validation tiles; none is needed without validation."""
     if val:
         patches = require("matplotlib.patches", "prep")
         colours = (sensor_colour(sensor), val_colour(sensor))
@@ -125,7 +121,7 @@ def bar_figure(
     """Draws one horizontal bar a category, training and validation tiles stacked; the first label is on top."""
     position = np.arange(len(labels))
     train, val = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-    with _axes(5.2, 1.0 + 0.235 * max(3, len(labels))) as (figure, axes):
+    with new_axes(5.2, 1.0 + 0.235 * max(3, len(labels))) as (figure, axes):
         axes.barh(position, train, color=sensor_colour(sensor), height=0.72)
         axes.barh(position, val, left=train, color=val_colour(sensor), height=0.72)
         for place, total in zip(position, train + val, strict=True):
@@ -137,8 +133,8 @@ def bar_figure(
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("tiles")
         _counts_on(axes.xaxis)
-        _legend(axes, sensor, bool(val.any()))
-        png = _png(figure)
+        split_legend(axes, sensor, bool(val.any()))
+        png = figure_png(figure)
     shares = ", ".join(f"{label} {total}" for label, total in zip(labels[:8], (train + val)[:8], strict=True))
     return Picture(name, png, f"Tiles by {what}: {shares}", caption)
 
@@ -180,7 +176,7 @@ def gsd_figure(tables: Tables, sensor: str) -> Picture:
         sum((pair for (_, pair), c in zip(known, code, strict=True) if c == n), np.zeros(2, np.int64))
         for n in range(12)
     ]
-    labels = [f"{low:.4g} to {high:.4g} m" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    labels = [f"{low:.4g} to {high:.4g} m" for low, high in itertools.pairwise(edges)]
     return bar_figure("gsd", "ground sample distance", labels, pairs, sensor, caption)
 
 
@@ -188,7 +184,7 @@ def latitude_figure(tables: Tables, sensor: str) -> Picture:
     """Draws tiles by latitude band as a profile from pole to pole."""
     edges = np.arange(-90.0, 90.0 + BAND_DEG / 2, BAND_DEG)
     train, val = tables.bands
-    with _axes(5.2, 4.0) as (figure, axes):
+    with new_axes(5.2, 4.0) as (figure, axes):
         middle = (edges[:-1] + edges[1:]) / 2
         axes.barh(middle, train, height=BAND_DEG * 0.86, color=sensor_colour(sensor))
         axes.barh(middle, val, left=train, height=BAND_DEG * 0.86, color=val_colour(sensor))
@@ -197,8 +193,8 @@ def latitude_figure(tables: Tables, sensor: str) -> Picture:
         axes.set_ylabel("planetocentric latitude (degrees)")
         axes.set_xlabel("tiles")
         _counts_on(axes.xaxis)
-        _legend(axes, sensor, bool(val.any()))
-        png = _png(figure)
+        split_legend(axes, sensor, bool(val.any()))
+        png = figure_png(figure)
     caption = f"Tiles by latitude band of {BAND_DEG:g} degrees. Centres lie between {tables.lat_range[0]:.2f} and "
     caption += f"{tables.lat_range[1]:.2f} degrees."
     return Picture("latitude", png, "Tiles by latitude band", caption)
@@ -212,7 +208,7 @@ def product_figure(products: Products, sensor: str) -> Picture:
         pairs = [np.array([row["tiles"] or 0, 0], dtype=np.int64) for row in named]
         labels = [_cut(row["product_id"]) for row in named]
         return bar_figure("products", "product", labels, pairs, sensor, "Tiles by product.")
-    with _axes(5.2, 3.2) as (figure, axes):
+    with new_axes(5.2, 3.2) as (figure, axes):
         axes.plot(np.arange(1, order.size + 1), np.maximum(order, 0.8), color=sensor_colour(sensor), linewidth=1.8)
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -220,40 +216,50 @@ def product_figure(products: Products, sensor: str) -> Picture:
         axes.set_ylabel("tiles of the product")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(short_count)
-        png = _png(figure)
+        png = figure_png(figure)
     half = int(np.searchsorted(np.cumsum(order), order.sum() / 2) + 1) if order.sum() else 0
     caption = f"Tiles of each product, largest first. Half of all tiles come from {half:,} of {order.size:,} products."
     return Picture("products", png, "Tiles of each product by rank, both axes logarithmic", caption)
 
 
-def pixel_figure(histogram: PixelHistogram, stats: Mapping[str, Any], sensor: str) -> Picture:
-    """Draws the distribution of pixel values in physical units, with mean and standard deviation."""
-    edges = histogram.edges
-    width = edges[1] - edges[0]
-    with _axes(5.2, 3.3) as (figure, axes):
-        axes.stairs(histogram.train / width, edges, color=sensor_colour(sensor), linewidth=1.5, label="train")
-        axes.stairs(histogram.train / width, edges, color=sensor_colour(sensor), fill=True, alpha=0.18)
-        if histogram.val.any():
-            axes.stairs(histogram.val / width, edges, color=val_colour(sensor), linewidth=1.5, label="val")
-        mean, std = float(stats["mean"]), float(stats["std"])
-        axes.axvline(mean, color=INK, linewidth=1.1, label="mean")
-        axes.axvspan(mean - std, mean + std, color=INK, alpha=0.06, linewidth=0, label="one std")
+def pixel_figure(tones: Tones, stats: Mapping[str, Any], sensor: str) -> Picture:
+    """Draws the distribution of pixel values, with mean and standard deviation of the corpus in physical units."""
+    # Products with few grey levels leave every other one of 256 bins empty, so a quarter as many are drawn.
+    edges = tones.edges[::4]
+    train, val = (shares.reshape(-1, 4).sum(axis=1) / (edges[1] - edges[0]) for shares in (tones.train, tones.val))
+    mean, std = float(stats["mean"]), float(stats["std"])
+    with new_axes(5.2, 3.3) as (figure, axes):
+        axes.stairs(train, edges, color=sensor_colour(sensor), linewidth=1.5, label="train")
+        axes.stairs(train, edges, color=sensor_colour(sensor), fill=True, alpha=0.18)
+        if val.any():
+            axes.stairs(val, edges, color=val_colour(sensor), linewidth=1.5, label="val")
+        if not tones.relative:
+            axes.axvline(mean, color=INK, linewidth=1.1, label="mean")
+            axes.axvspan(mean - std, mean + std, color=INK, alpha=0.06, linewidth=0, label="one std")
         axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(0)
-        axes.set_xlabel("pixel value (physical units of the products)")
+        axes.set_xlabel(_value_label(tones, "pixel value"))
         axes.set_ylabel("probability density")
         figure.legend(loc="outside upper right", ncols=4, handlelength=1.4, columnspacing=1.2)
-        png = _png(figure)
-    caption = (
-        f"Pixel values of {histogram.tiles:,} tiles drawn at random, between the 0.1st and 99.9th percentile. Mean "
-        f"{mean:.5g}, standard deviation {std:.5g} over every valid training pixel."
+        png = figure_png(figure)
+    caption = f"Pixel values of {tones.val_N.size:,} tiles drawn at random"
+    if tones.relative:
+        caption += ", each on the scale of its product because the products differ in unit."
+        return Picture("pixels", png, "Histogram of pixel values on the scale of their product", caption)
+    caption += (
+        f", between the 0.1st and 99.9th percentile. Mean {mean:.5g}, standard deviation {std:.5g} over every valid "
+        "training pixel."
     )
     return Picture("pixels", png, f"Histogram of pixel values, mean {mean:.4g}, standard deviation {std:.4g}", caption)
 
 
+def _value_label(tones: Tones, what: str) -> str:
+    return f"{what} ({'0: 1st, 1: 99th percentile of the product' if tones.relative else 'physical units'})"
+
+
 def measure_figure(measures: Mapping[str, Measure], sensor: str) -> Picture:
     """Draws the histogram of each quality measure over all tiles."""
-    with _axes(7.6, 4.2, 2, 3) as (figure, grid):
+    with new_axes(5.2, 6.0, 3, 2) as (figure, grid):
         for axes, name in zip(grid.flat, MEASURES, strict=True):
             measure = measures[name]
             edges = np.linspace(0, measure.end, measure.counts.size + 1)
@@ -268,19 +274,18 @@ def measure_figure(measures: Mapping[str, Measure], sensor: str) -> Picture:
                 axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=FAINT)
         for row in grid:
             row[0].set_ylabel("tiles")
-        png = _png(figure)
+        png = figure_png(figure)
     means = ", ".join(
         f"{_MEASURE_LABELS[name]} {measure.mean:.3g}" for name, measure in measures.items() if measure.known
     )
     caption = "Quality measures of all tiles; the line is the mean. The last bin also holds what lies beyond the axis."
-    return Picture("measures", png, f"Histograms of quality measures with means: {means}", caption, 760)
+    return Picture("measures", png, f"Histograms of quality measures with means: {means}", caption)
 
 
-def tone_figure(rows: Rows, sensor: str) -> Picture:
-    """Draws mean against standard deviation of sampled tiles: the tones the corpus covers."""
-    known = np.isfinite(rows.mean) & np.isfinite(rows.std)
-    mean, std, val = rows.mean[known], rows.std[known], rows.val[known]
-    with _axes(5.2, 3.6) as (figure, axes):
+def tone_figure(tones: Tones, sensor: str) -> Picture:
+    """Draws mean against standard deviation of sampled tiles: the brightness and contrast the corpus covers."""
+    mean, std, val = tones.mean_N, tones.std_N, tones.val_N
+    with new_axes(5.2, 3.6) as (figure, axes):
         size = float(np.clip(9000 / max(1, mean.size), 2.5, 18))
         for chosen, colour in ((~val, sensor_colour(sensor)), (val, val_colour(sensor))):
             axes.scatter(mean[chosen], std[chosen], s=size, color=colour, alpha=0.55, linewidths=0)
@@ -288,11 +293,11 @@ def tone_figure(rows: Rows, sensor: str) -> Picture:
             # A few tiles at the fringe would press all others into a corner.
             axes.set_xlim(*_span(mean))
             axes.set_ylim(0, max(_span(std)[1], 1e-12))
-        axes.set_xlabel("mean of a tile (physical units)")
-        axes.set_ylabel("std within the tile")
-        _legend(axes, sensor, bool(val.any()))
-        png = _png(figure)
-    caption = f"Brightness and contrast of {mean.size:,} tiles, one dot each, up to the 99.5th percentile."
+        axes.set_xlabel(_value_label(tones, "mean of a tile"))
+        axes.set_ylabel("standard deviation within it")
+        split_legend(axes, sensor, bool(val.any()))
+        png = figure_png(figure)
+    caption = f"Brightness and contrast of {mean.size:,} tiles, one dot each; the axes end at the 99.5th percentile."
     return Picture("tones", png, "Mean of tiles against the standard deviation within them", caption)
 
 
@@ -306,7 +311,7 @@ def weighted_figure(
     name: str, values: tuple[Floats, Floats], edges: Floats, label: str, sensor: str, caption: str
 ) -> Picture:
     """Draws a histogram of a property of products, weighted by their tiles."""
-    with _axes(5.2, 3.0) as (figure, axes):
+    with new_axes(5.2, 3.0) as (figure, axes):
         counts, _ = np.histogram(values[0], edges, weights=values[1])
         axes.stairs(counts, edges, fill=True, color=sensor_colour(sensor), alpha=0.85)
         axes.set_xlim(edges[0], edges[-1])
@@ -317,14 +322,14 @@ def weighted_figure(
         if name == "acquired":
             axes.xaxis.set_major_locator(require("matplotlib.ticker", "prep").MaxNLocator(nbins=7, integer=True))
             axes.xaxis.set_major_formatter(lambda year, _: f"{year:.0f}")
-        png = _png(figure)
+        png = figure_png(figure)
     return Picture(name, png, caption, caption)
 
 
 def drop_figure(counts: Mapping[str, int], sensor: str) -> Picture:
     """Draws what became of all windows: taken, and dropped by reason, on a logarithmic axis."""
     labels, values = list(counts), np.array(list(counts.values()), dtype=np.float64)
-    with _axes(5.2, 1.0 + 0.26 * max(3, len(labels))) as (figure, axes):
+    with new_axes(5.2, 1.0 + 0.26 * max(3, len(labels))) as (figure, axes):
         colours = [sensor_colour(sensor), *["#8a929a"] * (len(labels) - 1)]
         axes.barh(np.arange(len(labels)), np.maximum(values, 0.5), left=0.5, color=colours, height=0.7)
         for place, value in enumerate(values):
@@ -337,81 +342,8 @@ def drop_figure(counts: Mapping[str, int], sensor: str) -> Picture:
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(short_count)
         axes.set_xlabel("windows (logarithmic)")
-        png = _png(figure)
+        png = figure_png(figure)
     words = ", ".join(f"{label} {int(value)}" for label, value in counts.items())
     return Picture(
         "dropped", png, f"Windows taken and dropped: {words}", "What became of the windows that prep looked at."
     )
-
-
-def map_figures(tables: Tables, sensor: str) -> list[Picture]:
-    """Draws where the tiles lie: the whole planet, and the region when they are close together."""
-    assert tables.rows is not None
-    rows = tables.rows
-    known = np.isfinite(rows.lon) & np.isfinite(rows.lat)
-    lon, lat, val = rows.lon[known], rows.lat[known], rows.val[known]
-    pictures = [_global_map(tables, lon, lat, val, sensor)]
-    near = max(float(np.ptp(lon)), float(np.ptp(lat)))
-    if near < _CLOSE_DEG:
-        pictures.append(_region_map(rows, lon, lat, val, sensor))
-    return pictures
-
-
-def _global_map(tables: Tables, lon: Floats, lat: Floats, val: npt.NDArray[np.bool_], sensor: str) -> Picture:
-    with _axes(8.6, 4.5) as (figure, axes):
-        axes.set_facecolor("#f7f5f2")
-        if tables.located > _FEW_POINTS:
-            row, col = np.nonzero(tables.grid)
-            colours = require("matplotlib.colors", "prep")
-            mesh = axes.hexbin(
-                (col + 0.5) * GRID_DEG - 180, (row + 0.5) * GRID_DEG - 90, tables.grid[row, col], gridsize=(120, 60),
-                extent=(-180, 180, -90, 90), reduce_C_function=np.sum, cmap="viridis", linewidths=0.1,
-                norm=colours.LogNorm(),
-            )  # fmt: skip
-            figure.colorbar(mesh, ax=axes, label="tiles in a cell of 3 degrees", shrink=0.8, pad=0.015)
-            how = "Density of tile centres (logarithmic colours)."
-        else:
-            for chosen, colour in ((~val, sensor_colour(sensor)), (val, val_colour(sensor))):
-                axes.scatter(lon[chosen], lat[chosen], s=14, color=colour, linewidths=0.3, edgecolors="white", zorder=4)
-            _legend(axes, sensor, bool(val.any()))
-            how = "One dot a tile" + (f" ({lon.size:,} of {tables.located:,})." if lon.size < tables.located else ".")
-        for name, (x, y) in _FEATURES.items():
-            axes.plot(x, y, "+", color="#8a929a", ms=5, mew=0.8, zorder=3)
-            axes.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=6.5, color="#7a828a", zorder=3)
-        axes.set_xlim(-180, 180)
-        axes.set_ylim(-90, 90)
-        axes.set_xticks(np.arange(-180, 181, 45))
-        axes.set_yticks(np.arange(-90, 91, 30))
-        axes.set_aspect("equal")
-        axes.set_xlabel("longitude (degrees, east positive)")
-        axes.set_ylabel("planetocentric latitude (degrees)")
-        png = _png(figure)
-    caption = f"{how} Simple cylindrical grid of Mars; crosses name features for orientation."
-    return Picture("map", png, f"Map of {tables.located} tile centres on Mars", caption, 1080)
-
-
-def _region_map(rows: Rows, lon: Floats, lat: Floats, val: npt.NDArray[np.bool_], sensor: str) -> Picture:
-    collections = require("matplotlib.collections", "prep")
-    with _axes(6.4, 5.0) as (figure, axes):
-        whole = len(rows.footprint) == lon.size
-        for chosen, colour in ((~val, sensor_colour(sensor)), (val, val_colour(sensor))):
-            if whole:
-                corners = [np.reshape(rows.footprint[n], (4, 2)) for n in np.flatnonzero(chosen)]
-                corners = [c for c in corners if np.ptp(c[:, 0]) < 180]  # not those across the antimeridian
-                shapes = collections.PolyCollection(
-                    corners, facecolors=colour, edgecolors="white", linewidths=0.4, alpha=0.75
-                )
-                axes.add_collection(shapes)
-            else:
-                axes.scatter(lon[chosen], lat[chosen], s=9, color=colour, linewidths=0, alpha=0.8)
-        axes.autoscale()
-        axes.margins(0.04)
-        axes.set_aspect(1 / max(0.05, math.cos(math.radians(float(lat.mean())))), adjustable="datalim")
-        axes.ticklabel_format(useOffset=False)
-        axes.locator_params(nbins=6)
-        axes.set_xlabel("longitude (degrees, east positive)")
-        axes.set_ylabel("planetocentric latitude (degrees)")
-        _legend(axes, sensor, bool(val.any()))
-        png = _png(figure)
-    shown = "Footprints" if whole else "Centres"
-    return Picture("region", png, f"{shown} of {lon.size} tiles", f"{shown} of {lon.size:,} tiles, near.", 640)

@@ -17,20 +17,15 @@ from momo.corpus_format import SPLITS
 from momo.errors import DataError
 from momo.extras import require
 
-from .statistics import value_sample
-
 BAND_DEG = 10.0
 MAX_SAMPLE_TILES = 2000
-MAX_SHOWN_ROWS = 4000
-MAX_FOOTPRINTS = 20_000  # of a larger corpus a footprint is a fraction of a pixel on the map
+MAX_SHOWN_ROWS = 20_000  # of a larger corpus a tile is a fraction of a pixel on the map
 GRID_DEG = 0.5
 BINS = 50
 _PIXELS_A_TILE = 4096
 # Measure -> the end of its histogram; what lies beyond is counted in the last bin.
 MEASURES = {"valid_fraction": 1.0, "quality": 1.0, "noise": 1.0, "blur": 1.0, "stripes": 1.0, "saturation": 1.0}
-_COLUMNS = [
-    "split", "unit", "lon", "lat", "gsd_m", "cell", "scale", "offset_value", "stored_mean", "stored_std", *MEASURES,
-]  # fmt: skip
+_COLUMNS = ["split", "unit", "lon", "lat", "gsd_m", "cell", *MEASURES]
 
 Floats = npt.NDArray[np.float64]
 
@@ -87,31 +82,6 @@ class Measure:
         return self.total / self.known if self.known else math.nan
 
 
-@dataclass
-class Moments:
-    """Running mean and sum of squared deviations (Chan, Golub and LeVeque 1979)."""
-
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
-
-    def add(self, values: Floats) -> None:
-        """Adds values; NaN is left out."""
-        values = values[np.isfinite(values)]
-        if values.size == 0:
-            return
-        mean, total = float(values.mean()), self.count + values.size
-        shift = mean - self.mean
-        self.squares += float(np.square(values - mean).sum()) + shift * shift * self.count * values.size / total
-        self.mean += shift * values.size / total
-        self.count = total
-
-    @property
-    def std(self) -> float:
-        """Population standard deviation."""
-        return math.sqrt(self.squares / self.count) if self.count else math.nan
-
-
 @dataclass(frozen=True)
 class Rows:
     """Columns of a seeded sample of tiles, in the order of the index."""
@@ -119,8 +89,6 @@ class Rows:
     val: npt.NDArray[np.bool_]
     lon: Floats
     lat: Floats
-    mean: Floats
-    std: Floats
     footprint: list[list[float]]
 
 
@@ -137,8 +105,6 @@ class Tables:
         gsds: Tiles by GSD in metres, rounded to four digits, (train, val); NaN where unknown.
         cells: Tiles by HEALPix cell.
         measures: Histogram of each quality measure.
-        within: Standard deviations within tiles, physical units.
-        between: Means of tiles, physical units.
         grid: Tiles by cell of a longitude-latitude grid of `GRID_DEG`, (lat, lon), from the south-west corner.
         rows: A seeded sample of tiles.
     """
@@ -151,8 +117,6 @@ class Tables:
     gsds: dict[float, npt.NDArray[np.int64]] = field(default_factory=dict)
     cells: Counter[int] = field(default_factory=Counter)
     measures: dict[str, Measure] = field(default_factory=lambda: {name: Measure(end) for name, end in MEASURES.items()})
-    within: Moments = field(default_factory=Moments)
-    between: Moments = field(default_factory=Moments)
     grid: npt.NDArray[np.int64] = field(
         default_factory=lambda: np.zeros((round(180 / GRID_DEG), round(360 / GRID_DEG)), dtype=np.int64)
     )
@@ -177,14 +141,17 @@ def read_tables(path: Path, seed: int) -> Tables:
     parquet = require("pyarrow.parquet", "prep")
     file = path / "index.parquet"
     try:
+        names = parquet.read_schema(file).names
+        if missing := [name for name in [*_COLUMNS, "footprint"] if name not in names]:
+            raise DataError(
+                "the index lacks columns", seen=f"{', '.join(missing)} in {file}", fix="run momo prep again"
+            )
         table = parquet.ParquetFile(file, read_dictionary=["split", "unit"])
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise DataError("the index cannot be read", seen=f"{file}: {error}", fix="run momo prep verify") from None
-    if missing := [name for name in _COLUMNS if name not in table.schema_arrow.names]:
-        raise DataError("the index lacks columns", seen=f"{', '.join(missing)} in {file}", fix="run momo prep again")
     total = table.metadata.num_rows
     shown = np.sort(np.random.default_rng(seed).choice(total, size=min(total, MAX_SHOWN_ROWS), replace=False))
-    columns = [*_COLUMNS, "footprint"] if total <= MAX_FOOTPRINTS else _COLUMNS
+    columns = [*_COLUMNS, "footprint"] if total <= MAX_SHOWN_ROWS else _COLUMNS
     found, first = Tables(), 0
     samples: list[dict[str, Any]] = []
     for batch in table.iter_batches(batch_size=1 << 16, columns=columns):
@@ -195,9 +162,7 @@ def read_tables(path: Path, seed: int) -> Tables:
 
 
 def _joined(samples: list[dict[str, Any]]) -> Rows:
-    arrays = {
-        name: np.concatenate([sample[name] for sample in samples]) for name in ("val", "lon", "lat", "mean", "std")
-    }
+    arrays = {name: np.concatenate([sample[name] for sample in samples]) for name in ("val", "lon", "lat")}
     return Rows(**arrays, footprint=[corners for sample in samples for corners in sample["footprint"]])
 
 
@@ -217,14 +182,10 @@ def _add(found: Tables, batch: Any, shown: npt.NDArray[np.int64]) -> dict[str, A
     found.cells.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
     for name, measure in found.measures.items():
         measure.add(columns[name])
-    mean = columns["stored_mean"] * columns["scale"] + columns["offset_value"]
-    std = columns["stored_std"] * np.abs(columns["scale"])
-    found.within.add(std)
-    found.between.add(mean)
     corners = batch["footprint"].take(_indices(shown)).to_pylist() if "footprint" in batch.schema.names else []
     return {
-        "val": val[shown], "lon": columns["lon"][shown], "lat": columns["lat"][shown], "mean": mean[shown],
-        "std": std[shown], "footprint": [c for c in corners if c is not None and len(c) == 8],
+        "val": val[shown], "lon": columns["lon"][shown], "lat": columns["lat"][shown],
+        "footprint": [c for c in corners if c is not None and len(c) == 8],
     }  # fmt: skip
 
 
@@ -263,22 +224,40 @@ def _add_places(found: Tables, lon: Floats, lat: Floats, val: npt.NDArray[np.boo
 
 
 @dataclass(frozen=True)
-class PixelHistogram:
-    """Distribution of pixel values in physical units over a seeded sample of tiles.
+class Tones:
+    """Pixel values of a seeded sample of N tiles.
 
     Attributes:
-        edges: Edges of the bins.
-        train: Share of the training tiles' valid pixels in each bin.
+        edges: Edges of the 256 bins.
+        train: Share of the training tiles' valid pixels in each bin; values beyond the edges are left out.
         val: The same of validation; all 0 without.
-        tiles: Tiles sampled.
-        entropy_bits: Shannon entropy of both together in these bins, bits a pixel.
+        val_N: True for validation tiles.
+        mean_N: Mean of each tile.
+        std_N: Standard deviation within each tile.
+        entropy_bits: Shannon entropy of all pixels in these bins, 0 to 8.
+        relative: True when values are on the scale of their product, 0 at its 1st and 1 at its 99th percentile,
+            because the corpus mixes units.
     """
 
     edges: Floats
     train: Floats
     val: Floats
-    tiles: int
+    val_N: npt.NDArray[np.bool_]
+    mean_N: Floats
+    std_N: Floats
     entropy_bits: float
+    relative: bool
+
+    @property
+    def effective(self) -> float:
+        """exp(H): the number of equally common grey levels with the same entropy."""
+        return 2.0**self.entropy_bits
+
+    @property
+    def between(self) -> float:
+        """Share of the variance that lies between tiles, not within them, 0..1; NaN without any."""
+        between, within = float(np.var(self.mean_N)), float(np.mean(np.square(self.std_N)))
+        return between / (between + within) if between + within > 0 else math.nan
 
 
 def sample_positions(corpus: Corpus, seed: int, count: int) -> list[tuple[str, int]]:
@@ -288,19 +267,54 @@ def sample_positions(corpus: Corpus, seed: int, count: int) -> list[tuple[str, i
     return [(SPLITS[int(n >= totals[0])], int(n - totals[0] if n >= totals[0] else n)) for n in drawn]
 
 
-def pixel_histogram(corpus: Corpus, positions: list[tuple[str, int]], stats: Mapping[str, Any]) -> PixelHistogram:
-    """Counts the pixels of sampled tiles in 256 bins between the 0.1st and the 99.9th percentile of the corpus."""
-    points = {float(name): float(value) for name, value in stats["percentiles"].items()}
-    low, high = points[min(points)], points[max(points)]
+def sample_tones(corpus: Corpus, positions: list[tuple[str, int]]) -> Tones:
+    """Reads the sampled tiles and counts their pixels between the 0.1st and the 99.9th percentile of the corpus.
+
+    Raises:
+        DataError: A tile cannot be read.
+    """
+    relative = corpus.manifest.mixed_units
+    edges = _value_edges(corpus.stats)
+    if relative:
+        edges = np.linspace(-0.25, 1.25, 257)
+    counts = {split: np.zeros(256) for split in SPLITS}
+    means, stds = np.zeros(len(positions)), np.zeros(len(positions))
+    ordered = sorted(positions)
+    for number, (split, position) in enumerate(ordered):
+        tile = corpus.read(split, position)
+        values = tile.value_HW[tile.valid_HW].astype(np.float64)
+        if relative:
+            values = _on_product_scale(values, corpus, split, position)
+        means[number], stds[number] = values.mean(), values.std()
+        sample = values[:: max(1, -(-values.size // _PIXELS_A_TILE))]
+        counts[split] += np.histogram(sample, edges)[0]
+    shares = {split: count / max(1.0, count.sum()) for split, count in counts.items()}
+    both = diversity(np.rint(counts[SPLITS[0]] + counts[SPLITS[1]]).astype(int).tolist())
+    bits = both.entropy_bits if both else 0.0
+    val_N = np.array([split == SPLITS[1] for split, _ in ordered], dtype=bool)
+    return Tones(edges, shares[SPLITS[0]], shares[SPLITS[1]], val_N, means, stds, bits, relative)
+
+
+def _value_edges(stats: Mapping[str, Any]) -> Floats:
+    try:
+        points = {float(name): float(value) for name, value in stats["percentiles"].items()}
+        low, high = points[min(points)], points[max(points)]
+        _ = [float(stats[name]) for name in ("mean", "std", "min", "max", "count")]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            "the statistics cannot be read",
+            seen=f"stats.json: {error!r}",
+            rule="numbers under mean, std, min, max, count and percentiles",
+            fix="run momo prep again",
+        ) from None
     if not low < high:
         low, high = low - 0.5, high + 0.5
-    edges = np.linspace(low, high, 257)
-    counts = {split: np.zeros(256) for split in SPLITS}
-    for split, position in sorted(positions):
-        tile = corpus.read(split, position)
-        values = value_sample(tile.value_HW, tile.valid_HW, _PIXELS_A_TILE)
-        counts[split] += np.histogram(values, edges)[0]
-    shares = {split: count / max(1.0, count.sum()) for split, count in counts.items()}
-    both = diversity(np.rint(counts["train"] + counts["val"]).astype(int).tolist())
-    bits = both.entropy_bits if both else 0.0
-    return PixelHistogram(edges, shares["train"], shares["val"], len(positions), bits)
+    return np.linspace(low, high, 257)
+
+
+def _on_product_scale(values: Floats, corpus: Corpus, split: str, position: int) -> Floats:
+    statistics = corpus.index[split].statistics(position)
+    low, high = statistics.percentile_low, statistics.percentile_high
+    if not low < high:  # also when they are NaN
+        low, high = (float(edge) for edge in np.percentile(values, (1.0, 99.0)))
+    return (values - low) / (high - low) if low < high else np.full_like(values, 0.5)

@@ -20,7 +20,8 @@ from .phash import hash_distance
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 PairFinder = Callable[[Ints, Ints | None], tuple[Ints, Ints, npt.NDArray[Any]]]
-_FIRST_BATCH = 4096
+_ROUNDING = 1e-6  # share of ground; tiles that touch may share less by rounding
+_FIRST_BATCH = 256
 _PAIRS = 1 << 21  # candidate pairs in memory
 
 
@@ -52,15 +53,16 @@ def remove_overlapping(
         product_N: Product of all tiles.
         max_overlap: Largest share allowed, 0..1.
     """
+    limit = max(max_overlap, _ROUNDING)
 
     def pairs(mine: Ints, others: Ints | None) -> tuple[Ints, Ints, npt.NDArray[Any]]:
         first = quadrilaterals(corners_N8[mine])
         second = None if others is None else quadrilaterals(corners_N8[others])
         groups = None if others is None else product_N[others]
-        found = overlapping_pairs(first, second, max_overlap, group_a=product_N[mine], group_b=groups)
+        found = overlapping_pairs(first, second, limit, group_a=product_N[mine], group_b=groups)
         if others is not None:
             return found.i, found.j, found.share_i
-        worse = found.share_j > max_overlap  # i < j, so j is the worse of the two
+        worse = found.share_j > limit  # i < j, so j is the worse of the two
         return found.j[worse], found.i[worse], found.share_j[worse]
 
     return _remove(best_first, pairs)

@@ -59,6 +59,7 @@ def read_footprints(path: str) -> tuple[Shapes, list[str], list[str]]:
     if "wkt" in columns:
         geometries = [_from_wkt(row[columns["wkt"]], path, number) for number, row in rows]
         numbers = [number for number, _ in rows]
+        _require_degrees(geometries, path, numbers)
         polygons = as_polygons(geometries, [""] * len(rows), numbers, Frame(), path, "row", [])
         return (*_spherical(polygons, path, "row"), polygons.notes)
     wanted = [columns[name] for name in ("lon", "lat", *sizes)]
@@ -79,6 +80,16 @@ def _from_wkt(text: str | None, path: str, number: int) -> Any:
         ) from None
 
 
+def _require_degrees(geometries: Sequence[Any], path: str, numbers: Sequence[int]) -> None:
+    bounds_N4 = np.abs(require("shapely", "prep").bounds(np.array(geometries, dtype=object)))
+    for n in np.flatnonzero((bounds_N4 > [540.0, 90.0, 540.0, 90.0]).any(axis=1))[:1]:
+        raise DataError(
+            "a footprint is out of range",
+            seen=f"{path}: row {numbers[n]}: {str(geometries[n])[:100]}",
+            rule="planetocentric degrees, lon -540..540, lat -90..90",
+        )
+
+
 def _number(text: str | None, path: str, row: int, column: str) -> float:
     try:
         return float(text or "")
@@ -91,12 +102,13 @@ def _number(text: str | None, path: str, row: int, column: str) -> float:
 def _require_ranges(values_N4: Floats, path: str, numbers: Sequence[int]) -> None:
     lon, lat, width, height = values_N4.T
     good = (np.abs(lon) <= 360) & (np.abs(lat) <= 90) & (np.minimum(width, height) > 0)
-    good &= np.hypot(width, height) / 2.0 <= math.tan(math.radians(MOST_RADIUS_DEG)) * MARS_RADIUS_M
+    most = 2.0 * math.tan(math.radians(MOST_RADIUS_DEG)) * MARS_RADIUS_M
+    good &= np.hypot(width, height) <= most
     for n in np.flatnonzero(~good)[:1]:
         raise DataError(
             "a footprint is out of range",
             seen=f"{path}: row {numbers[n]}: lon {lon[n]:g}, lat {lat[n]:g}, {width[n]:g} x {height[n]:g} m",
-            rule="lon -360..360, lat -90..90, sizes above 0 m and below 2,000 km",
+            rule=f"lon -360..360, lat -90..90, sizes above 0 m, at most {most / 1000:.0f} km from corner to corner",
         )
 
 

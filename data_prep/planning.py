@@ -1,8 +1,8 @@
 """Which tiles of a whole corpus are taken, and into which split, on columns of numbers alone.
 
-The steps: ground that must not be trained on; tiles off the map or over ground of both splits; duplicates; a check
-that no training tile overlaps a validation tile; last the sampling plan. A tile over ground of both splits goes before
-duplicates are looked for, so that no tile ever goes in favour of one that goes itself.
+The steps: ground that must not be trained on; tiles off the map or over ground of both splits; a check that no
+training tile overlaps a validation tile; duplicates; last the sampling plan. What the split drops goes before
+duplicates are looked for, so that no tile goes in favour of one that the split drops.
 """
 
 from __future__ import annotations
@@ -132,15 +132,15 @@ class _Planner:
     def plan(self) -> Plan:
         self._drop_leaks()
         blocks, split_N = self._split()
-        self._drop_duplicates()
         self._drop_validation_ground(split_N)
+        self._drop_duplicates()
         unit_N, units = self._units()
         self._sample(split_N, unit_N, units)
         split_N[self.reason_N != 0] = -1
         self._count(split_N)
-        first = blocks.start_N1[:-1]
-        inside = np.diff(blocks.start_N1) > 0
-        block_N = np.where(inside, blocks.touched[np.minimum(first, max(0, len(blocks.touched) - 1))], -1)
+        inside = np.flatnonzero(np.diff(blocks.start_N1) > 0)
+        block_N = np.full(len(self.table), -1, dtype=np.int64)
+        block_N[inside] = blocks.touched[blocks.start_N1[inside]]
         return Plan(split_N, self.reason_N, REASONS, unit_N, units, self.report, block_N, blocks.names)
 
     def _alive(self, among_N: Bools | None = None) -> Ints:

@@ -43,6 +43,9 @@ _NUMPY = {
 _JPEG2000 = ("JP2OpenJPEG", "JP2KAK", "JP2ECW", "JP2MrSID")
 
 
+_CACHE_BYTES = 64 << 20
+
+
 @dataclass(frozen=True)
 class Product:
     """One band of one raw product.
@@ -151,6 +154,7 @@ def inspect(
         DataError: The file is missing, unreadable or shorter than its label says, label and file disagree, it has no
             such band or an unusable CRS, or is not on Mars.
     """
+    gdal_module().SetCacheMax(_CACHE_BYTES)  # its default is 5 % of the machine's memory, in every worker
     with quiet_gdal() as messages, _readable(source), readable_label(source.display):
         checked = check_container(source.name)
         dataset = _open(source, source.name)

@@ -1,4 +1,4 @@
-"""Quality measures of a tile (dead lines are found before, in `dead_lines`). Invalid pixels take no part in any of them.
+"""Quality measures of a tile, over its valid pixels alone; dead lines are found before, in `dead_lines`.
 
 All measures are unchanged by brightness and contrast, saturation aside. With x the stored values, s2 their variance
 over the valid pixels, and every difference taken only where all its pixels are valid:
@@ -16,8 +16,8 @@ over the valid pixels, and every difference taken only where all its pixels are 
   one direction alone counts only in part. 0 too where g(2) - g(1) is below 4 g(1) / sqrt(valid pixels), the scatter
   that white noise has: then nothing but noise is seen.
 * `stripes`, 0..1: share of the variance of the second differences across the lines that is common to all parts of a
-  line. A line is divided into at least 8 sections; the share is the mean product of the means of two different
-  sections of a line (U-statistic) over the mean square, so white noise gives 0 on average, and terrain too unless it
+  line. A line is divided into at least 8 sections; the share is the mean product of two pixels of a line that lie in
+  different sections (U-statistic) over the mean square, so white noise gives 0 on average, and terrain too unless it
   is coherent along most of a line. The larger of rows and columns. Independent offsets of variance o on each line
   over white noise of variance n give o / (o + n).
 * `saturation`, 0..1: share of the valid pixels at or beyond the two given stored levels.
@@ -346,7 +346,7 @@ def _pairs(length: int) -> float:
 def _masked_texture(room: _Room, valid_HW: Mask) -> _Texture:
     """Returns the averages of a tile with invalid pixels: differences that touch one are left out."""
     height, width = room.shape
-    lags = [_masked_lag(room, valid_HW, lag) for lag in (1, 2, 4)]
+    lag1, lag2, lag4 = (_masked_lag(room, valid_HW, lag) for lag in (1, 2, 4))
     triple_down = _also(_also(valid_HW, 1, 0), 1, 0)
     down = room.difference(room.tile, room.b, (1, 0), (1, 0))
     rows = room.as_tile(room.difference(down, room.a, (1, 0), (2, 0)))
@@ -360,7 +360,7 @@ def _masked_texture(room: _Room, valid_HW: Mask) -> _Texture:
     across = room.difference(room.tile, room.b, (0, 1), (0, 1))
     cols = room.as_tile(room.difference(across, room.a, (0, 1), (0, 2)))
     col_share = _masked_share(room.a, cols, triple_across, _sections(height), turn=True)
-    return _Texture(*lags, ripple=ripple_mean, stripes=max(row_share, col_share))
+    return _Texture(lag1, lag2, lag4, ripple=ripple_mean, stripes=max(row_share, col_share))
 
 
 def _also(mask_HW: Mask, rows: int, cols: int) -> Mask:

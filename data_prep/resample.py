@@ -17,23 +17,27 @@ import numpy.typing as npt
 
 from momo.errors import DataError
 
-from .dead_lines import mask_dead_lines
+from .dead_lines import LINES_BEYOND, holds_constant_row, mask_dead_lines
 from .products import Product, Validity, gdal_module, open_product, quiet_gdal, read_window
 
-# Kernel -> GDAL's name and its radius in pixels of the coarser grid.
+# Kernel -> GDAL's name and its reach beyond the new pixel, in pixels of the coarser grid.
 _KERNELS = {
-    "nearest": ("near", 1),
+    "nearest": ("near", 0),
     "bilinear": ("bilinear", 1),
     "cubic": ("cubic", 2),
     "lanczos": ("lanczos", 3),
-    "average": ("average", 1),
+    "average": ("average", 0),
 }
 _SAME = 1e-3
 _MOST_ENLARGED = 16.0
 _LARGEST_SIDE = 2**31 - 1
 _BLOCK_ROWS = 64
-_BLOCK_BYTES = 64 * 2**20
+_BLOCK_BYTES = 32 * 2**20
 _LEAST_SHARE = 0.5 - 1e-6
+_LONGEST_RUN = 256
+_LEAST_ROWS = 64
+_MOST_SOURCE_PIXELS = 2**24
+_OUTER_ROWS = (slice(None, LINES_BEYOND), slice(-LINES_BEYOND, None))
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -71,7 +75,8 @@ def resampled(product: Product, gsd_m: float, kernel: str) -> Product:
         The product with the new width, height, geotransform and GSD; itself when the GSD differs by less than 0.1 %.
 
     Raises:
-        DataError: The product has no GSD or is resampled already, or the new grid is absurd.
+        DataError: The product has no GSD or is resampled already, or the new grid is absurd, or so coarse that one of
+            its pixels would need more than 16 million of the product.
     """
     shown = product.source.display
     if product.resampling is not None:
@@ -85,15 +90,23 @@ def resampled(product: Product, gsd_m: float, kernel: str) -> Product:
     factor = gsd_m / product.gsd_m
     if abs(factor - 1.0) < _SAME:
         return product
+    too_fine = factor * _MOST_ENLARGED < 1.0 - 1e-9
     # The small term lets a whole ratio such as 18 m / 6 m keep its last pixel in spite of rounding.
-    width, height = (math.floor(side / factor + 1e-6) for side in (product.width, product.height))
-    if factor * _MOST_ENLARGED < 1.0 - 1e-9 or not 1 <= min(width, height) <= max(width, height) <= _LARGEST_SIDE:
+    width, height = (0 if too_fine else math.floor(side / factor + 1e-6) for side in (product.width, product.height))
+    if too_fine or not 1 <= min(width, height) <= max(width, height) <= _LARGEST_SIDE:
         raise DataError(
             "the product cannot be resampled to this GSD",
-            seen=f"{shown}: {product.width} x {product.height} pixels of {product.gsd_m:g} m to {width} x {height} "
-            f"of {gsd_m:g} m",
+            seen=f"{shown}: {product.width} x {product.height} pixels of {product.gsd_m:g} m to {gsd_m:g} m",
             rule="enlarged at most 16 times, and 1 to 2147483647 pixels a side",
             fix="set another resample.gsd_m, or leave the product out",
+        )
+    reach = math.ceil(factor) + 2 * _margin(kernel, factor)
+    if min(reach, product.width) * min(reach, product.height) > _MOST_SOURCE_PIXELS:
+        raise DataError(
+            "one pixel of the new grid is made from too many of the product",
+            seen=f"{shown}: {reach} x {reach} pixels of {product.gsd_m:g} m to one of {gsd_m:g} m by {kernel}",
+            rule=f"at most {_MOST_SOURCE_PIXELS} pixels, so that memory is bounded",
+            fix="set a finer resample.gsd_m, or resample.kernel=average, which needs the fewest",
         )
     transform = product.georeference.transform
     if transform is not None:
@@ -108,6 +121,11 @@ def resampled(product: Product, gsd_m: float, kernel: str) -> Product:
         native_gsd_m=product.gsd_m,
         resampling=Resampling(gsd_m, kernel, product.width, product.height),
     )
+
+
+def _margin(kernel: str, factor: float) -> int:
+    """Returns how many source pixels around a new one its value may depend on."""
+    return math.ceil(_KERNELS[kernel][1] * max(1.0, factor)) + 2
 
 
 class RowReader(Protocol):
@@ -128,7 +146,7 @@ class RowReader(Protocol):
 def open_rows(product: Product) -> RowReader:
     """Opens a product for reading rows, on its own grid or resampled.
 
-    Memory is bounded by the rows asked for and, when resampled, by blocks of about 64 MiB of source pixels.
+    Memory is bounded by the rows asked for and, when resampled, by blocks of about 32 MiB of source pixels.
 
     Raises:
         DataError: The file is gone or cannot be opened any more.
@@ -154,15 +172,16 @@ class _ResampledRows:
     source pixels and a margin that covers the kernel, so no pixel depends on how rows are asked for. GDAL's kernels
     leave invalid pixels out and divide by the weight that remains. A new pixel is valid where GDAL gives a value and
     at least half of its area is measured (nearest: where its one source pixel is). Dead lines of a block are masked
-    before: afterwards they could no longer be told from dark ground.
+    before: afterwards they could no longer be told from dark ground. For that up to 256 rows more are looked at where
+    lost rows may go on beyond the block, and 64 in all, so that dead lines are told wherever the block begins.
     """
 
     def __init__(self, product: Product, dataset: Any) -> None:
         assert product.resampling is not None
         self._product, self._dataset, self._grid = product, dataset, product.resampling
         self._factor = product.gsd_m / product.native_gsd_m
-        self._kernel, radius = _KERNELS[product.resampling.kernel]
-        self._margin = math.ceil(radius * max(1.0, self._factor)) + 2
+        self._kernel = _KERNELS[product.resampling.kernel][0]
+        self._margin = _margin(product.resampling.kernel, self._factor)
         needs_double = product.dtype in ("int32", "uint32", "float64")
         self._kind = np.dtype(np.float64 if needs_double else np.float32)
         self._rows, self._cols = self._block_shape()
@@ -201,11 +220,10 @@ class _ResampledRows:
 
     def _part(self, rows: tuple[int, int], cols: tuple[int, int]) -> tuple[Array, Mask]:
         top, bottom = self._source_span(rows, self._grid.source_height)
-        left, right = self._source_span(cols, self._grid.source_width)
+        left, right = self._source_span(cols, self._grid.source_width, LINES_BEYOND)
         shape = (rows[1] - rows[0], cols[1] - cols[0])
         with quiet_gdal():
-            raw, valid = read_window(self._dataset, self._product, left, top, right - left, bottom - top)
-            valid = mask_dead_lines(raw, valid)[0]
+            raw, valid = self._source_rows((top, bottom), (left, right))
             if not valid.any():
                 return np.zeros(shape, dtype=self._product.dtype), np.zeros(shape, dtype=bool)
             whole = bool(valid.all())
@@ -220,9 +238,30 @@ class _ResampledRows:
                 good &= share >= _LEAST_SHARE
         return as_levels(new, good, self._product.validity, np.dtype(self._product.dtype))
 
-    def _source_span(self, span: tuple[int, int], length: int) -> tuple[int, int]:
-        first, stop = span[0] * self._factor, span[1] * self._factor
-        return max(0, math.floor(first) - self._margin), min(length, math.ceil(stop) + self._margin)
+    def _source_span(self, span: tuple[int, int], length: int, more: int = 0) -> tuple[int, int]:
+        first, stop, margin = span[0] * self._factor, span[1] * self._factor, self._margin + more
+        return max(0, math.floor(first) - margin), min(length, math.ceil(stop) + margin)
+
+    def _source_rows(self, rows: tuple[int, int], cols: tuple[int, int]) -> tuple[Array, Mask]:
+        """Returns source pixels, dead lines invalid."""
+
+        def read(first: int, stop: int) -> tuple[Array, Mask]:
+            return read_window(self._dataset, self._product, cols[0], first, cols[1] - cols[0], stop - first)
+
+        (top, bottom), (raw, valid) = rows, read(*rows)
+        more = min(_LONGEST_RUN, int(_BLOCK_BYTES / self._kind.itemsize / (cols[1] - cols[0])))
+        few = min(more, max(0, _LEAST_ROWS - (bottom - top)))
+        wanted = [more if holds_constant_row(raw[s], valid[s]) else few for s in _OUTER_ROWS]
+        above, below = min(top, wanted[0]), min(self._grid.source_height - bottom, wanted[1])
+        parts = [(raw, valid)]
+        if above:
+            parts.insert(0, read(top - above, top))
+        if below:
+            parts.append(read(bottom, bottom + below))
+        if len(parts) == 1:
+            return raw, mask_dead_lines(raw, valid)[0]
+        wide_raw, wide_valid = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return raw, mask_dead_lines(wide_raw, wide_valid)[0][above : above + bottom - top]
 
     def _warp(
         self,

@@ -22,9 +22,10 @@ def key_priority(key: str) -> int:
 
 
 def value_sample(stored_HW: npt.NDArray[Any], valid_HW: npt.NDArray[np.bool_], count: int) -> npt.NDArray[Any]:
-    """Returns at most `count` valid values of a tile, evenly strided in reading order."""
+    """Returns at most `count` valid values of a tile, evenly strided in reading order, as an array of their own."""
     values = stored_HW.ravel() if valid_HW.all() else stored_HW[valid_HW]
-    return values[:: max(1, -(-values.size // count))]
+    # Not a view: it would keep the whole tile in memory.
+    return values[:: max(1, -(-values.size // count))].copy()
 
 
 @dataclass

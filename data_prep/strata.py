@@ -13,7 +13,7 @@ import numpy.typing as npt
 from momo.extras import require
 
 from .split import cells_at
-from .vectors import Polygons, read_polygons, unwrapped
+from .vectors import Polygons, is_closed, read_polygons, unwrapped, without_holes
 
 Floats = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.int32]
@@ -68,7 +68,7 @@ def _chunks(index_N: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
 
 
 def _flat_polygons(polygons: Polygons) -> npt.NDArray[Any]:
-    """Returns the polygons, those over the antimeridian drawn on beyond it, those round a pole closed along it."""
+    """Returns the polygons, those round a pole closed along it."""
     flat = polygons.geometry_P.copy()
     period = polygons.frame.period
     for p, polygon in enumerate(flat):
@@ -79,21 +79,17 @@ def _flat_polygons(polygons: Polygons) -> npt.NDArray[Any]:
 
 
 def _flat_polygon(polygon: Any, period: float, polygons: Polygons) -> Any:
-    shapely = require("shapely", "prep")
     rings = [np.asarray(ring.coords)[:, :2] for ring in (polygon.exterior, *polygon.interiors)]
     open_rings = [unwrapped(ring_V2, period) for ring_V2 in rings]
-    if all(after is before for after, before in zip(open_rings, rings, strict=True)):
+    if all(is_closed(ring_V2) for ring_V2 in open_rings):
         return polygon
-    shell, *holes = (_closed(ring_V2, polygons) for ring_V2 in open_rings)
-    middle = shell[:, 0].mean()
-    for hole in holes:
-        hole[:, 0] += period * round((middle - hole[:, 0].mean()) / period)
-    return shapely.make_valid(shapely.Polygon(shell, holes))
+    drawn = without_holes([_closed(ring_V2, polygons) for ring_V2 in open_rings], period)
+    return require("shapely", "prep").make_valid(drawn)
 
 
 def _closed(ring_V2: Floats, polygons: Polygons) -> Floats:
-    if abs(ring_V2[-1, 0] - ring_V2[0, 0]) < 1e-9 * abs(ring_V2[:, 0]).max():
-        return ring_V2.copy()
+    if is_closed(ring_V2):
+        return ring_V2
     pole = math.copysign(90.0, ring_V2[:, 1].mean())
     _, y = polygons.frame.from_lonlat(np.zeros(1), np.array([pole]))
     return np.vstack([ring_V2, [ring_V2[-1, 0], y[0]], [ring_V2[0, 0], y[0]], ring_V2[:1]])

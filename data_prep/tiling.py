@@ -18,11 +18,12 @@ from momo.errors import DataError, MomoError
 from momo.files import atomic_folder
 
 from .contact_sheet import Example, thumbnail
+from .dead_lines import holds_constant_row, mask_dead_lines
 from .pieces import CutSettings, PieceInfo, PieceTable, example_to_dict, piece_id, read_info, write_info
 from .products import Product, gdal_module, open_product, quiet_gdal
-from .quality import Measures, is_constant, mask_dead_lines, measure
+from .quality import Measures, is_constant, measure
 from .radiometry import Encoding, choose_encoding, no_valid_pixel
-from .resample import open_rows
+from .resample import RowReader, open_rows
 from .sources import Source, digest
 from .split import Places, place_windows
 from .statistics import SAMPLE_VALUES, key_priority, value_sample
@@ -32,6 +33,7 @@ KEPT = "kept"
 _EXAMPLES = 2  # thumbnails kept of each reason and product
 _PRODUCT_SAMPLE = 65536  # pixels from which the percentiles of a product are taken, about
 _CACHE_BYTES = (32 << 20, 256 << 20)  # bounds of GDAL's block cache
+_LOOK_AROUND = 256  # rows read beyond a strip whose first or last row is constant
 _NONE = (-1, 1 << 20)  # stored levels that no pixel reaches
 
 
@@ -138,6 +140,24 @@ def _bound_cache(product: Product, rows: int) -> None:
     gdal_module().SetCacheMax(min(max(needed, _CACHE_BYTES[0]), _CACHE_BYTES[1]))
 
 
+def _read_strip(
+    reader: RowReader, row: int, rows: int, height: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Reads a strip; lost rows that go on beyond it are judged with the rows around and masked.
+
+    Returns:
+        Raw values, validity, and which rows were masked here.
+    """
+    raw_HW, valid_HW = reader.read(row, rows)
+    if not holds_constant_row(raw_HW[[0, -1]], valid_HW[[0, -1]]):
+        return raw_HW, valid_HW, np.zeros(rows, dtype=bool)
+    top, bottom = max(0, row - _LOOK_AROUND), min(height, row + rows + _LOOK_AROUND)
+    wide_HW, wide_valid_HW = reader.read(top, bottom - top)
+    _, lost, _ = mask_dead_lines(wide_HW, wide_valid_HW)
+    lost = lost[row - top : row - top + rows]
+    return raw_HW, valid_HW & ~lost[:, None], lost
+
+
 class _Cutter:
     """Cuts a product row by row of windows; at most one such row is in memory."""
 
@@ -162,18 +182,25 @@ class _Cutter:
         for row in starts(self.product.height, size, step):
             try:
                 with quiet_gdal():
-                    raw_HW, valid_HW = reader.read(row, size)
+                    raw_HW, valid_HW, lost_rows = _read_strip(reader, row, size, self.product.height)
             except DataError as error:
                 # What was cut before the damage is good; the caller says that the product is not whole.
                 return short_reason(error, self.product.source) if self._tiles else _raise(error)
-            self._cut_row(raw_HW, valid_HW, row, cols, stream)
+            self._cut_row(raw_HW, valid_HW, lost_rows, row, cols, stream)
         return ""
 
     def _cut_row(
-        self, raw_HW: npt.NDArray[Any], valid_HW: npt.NDArray[np.bool_], row: int, cols: list[int], stream: BinaryIO
+        self,
+        raw_HW: npt.NDArray[Any],
+        valid_HW: npt.NDArray[np.bool_],
+        lost_rows: npt.NDArray[np.bool_],
+        row: int,
+        cols: list[int],
+        stream: BinaryIO,
     ) -> None:
         size = self.settings.tile_size
         valid_HW, dead_rows, dead_cols = mask_dead_lines(raw_HW, valid_HW)
+        dead_rows = dead_rows | lost_rows
         with quiet_gdal():
             places = place_windows(
                 self.product, row, cols, size, order=self.settings.order, pixel_block=self.settings.pixel_block
@@ -249,7 +276,7 @@ class _Cutter:
             "noise": measures.noise, "blur": measures.blur, "stripes": measures.stripes,
             "saturation": measures.saturation, "dead_lines": lines, "stored_mean": measures.stored_mean,
             "stored_std": measures.stored_std, "stored_min": measures.stored_min, "stored_max": measures.stored_max,
-            "phash": measures.phash, "sample": values[:: max(1, -(-values.size // SAMPLE_VALUES))],
+            "phash": measures.phash, "sample": values[:: max(1, -(-values.size // SAMPLE_VALUES))].copy(),
         })  # fmt: skip
         self._offset += len(tile) + len(mask)
         self._tiles += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .georeference import _EARTH_SEMI_MAJOR_M, _MARS_SEMI_MAJOR_M, Georeference
 Floats = npt.NDArray[np.float64]
 _UNIT_PIXELS = (0.0, 1.0, 0.0, 0.0, 0.0, 1.0)  # a geotransform that leaves coordinates as they are
 _CHUNK = 100_000
-_FULL_TURN = 0.999  # share of a period from which on an edge goes round Mars and is no jump over the antimeridian
+_FULL_TURN = 1.0 - 1e-6  # share of a period from which on an edge goes round Mars and is no jump over the antimeridian
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,11 @@ class Frame:
 
     Attributes:
         wkt: CRS of the file; "" when its coordinates are planetocentric degrees.
+        named_centric: Latitudes are planetocentric by the name of the CRS, though its axes do not say so.
     """
 
     wkt: str = ""
+    named_centric: bool = False
 
     @cached_property
     def _georeference(self) -> Georeference:
@@ -53,8 +56,11 @@ class Frame:
 
     def lonlat(self, x: Floats, y: Floats) -> tuple[Floats, Floats]:
         """Returns planetocentric longitude (east, -180..180) and latitude, degrees; NaN where there is no ground."""
-        if self.wkt:
+        if self.wkt and not self.named_centric:
             return self._georeference.lonlat(x, y)
+        if self.named_centric:
+            degrees = math.degrees(self._georeference._crs.GetAngularUnits())
+            x, y = x * degrees, y * degrees
         return (x + 180.0) % 360.0 - 180.0, y
 
     def from_lonlat(self, lon_N: Floats, lat_N: Floats) -> tuple[Floats, Floats]:
@@ -65,7 +71,7 @@ class Frame:
         if crs.IsGeographic():
             degrees = float(np.degrees(crs.GetAngularUnits()))
             sign = -1.0 if self._georeference._longitude_is_west() else 1.0
-            if not self._georeference._latitude_is_planetocentric():
+            if not (self.named_centric or self._georeference._latitude_is_planetocentric()):
                 lat_N = self._geodetic(lat_N)
             return sign * lon_N / degrees, lat_N / degrees
         points_N2 = np.stack([lon_N, self._geodetic(lat_N)], axis=1)
@@ -98,7 +104,8 @@ class Polygons:
     """Polygons of a vector file.
 
     Attributes:
-        geometry_P: Shapely polygons in the file's coordinates, without multi-polygons.
+        geometry_P: Shapely polygons in the file's coordinates, without multi-polygons. Those over the antimeridian are
+            drawn on beyond it; rings round a pole are as the file has them.
         value_P: Attribute of each, as text; "" without a column.
         feature_P: Number of the feature each belongs to, from 1.
         frame: The file's coordinates.
@@ -160,7 +167,7 @@ def as_polygons(
         notes: Lines to extend.
 
     Raises:
-        DataError: One is no polygon or has a coordinate that is no number, or there is none at all.
+        DataError: One is no polygon, is empty or has a coordinate that is no number, or there is none at all.
     """
     shapely = require("shapely", "prep")
     geometry_G = np.empty(len(geometries), dtype=object)
@@ -173,22 +180,66 @@ def as_polygons(
             rule="every geometry is a polygon or multi-polygon",
             fix="draw areas, or remove the others",
         )
-    if not len(geometry_G):
-        raise DataError("a vector file holds no polygon", seen=path, fix="check the path and the layer")
-    finite_G = np.isfinite(shapely.bounds(geometry_G)).all(axis=1)
-    if not finite_G.all():
-        number = numbers[int(np.argmin(finite_G))]
-        raise DataError("a polygon has a coordinate that is no number", seen=f"{path}: {item} {number}")
-    bad_G = ~shapely.is_valid(geometry_G)
-    if bad_G.any():
-        geometry_G[bad_G] = shapely.make_valid(geometry_G[bad_G])
-        notes.append(f"{path}: {int(bad_G.sum())} polygons cross themselves: mended")
-    part_P, owner_P = shapely.get_parts(geometry_G, return_index=True)
-    part_P, inner = shapely.get_parts(part_P, return_index=True)  # a mended polygon may be a collection
-    owner_P = owner_P[inner]
-    areal = (shapely.get_type_id(part_P) == 3) & (shapely.area(part_P) > 0)
-    part_P, owner_P = part_P[areal], owner_P[areal]
+    coordinate_V2, owner_V = shapely.get_coordinates(geometry_G, return_index=True)
+    bad = np.concatenate(
+        [owner_V[~np.isfinite(coordinate_V2).all(axis=1)], np.flatnonzero(shapely.is_empty(geometry_G))]
+    )
+    if len(bad):
+        raise DataError(
+            "a polygon is empty or has a coordinate that is no number", seen=f"{path}: {item} {numbers[bad.min()]}"
+        )
+    part_P, owner_P = _mended(*shapely.get_parts(geometry_G, return_index=True), frame.period, path, notes)
+    if not len(part_P):
+        raise DataError("a vector file holds no polygon with an area", seen=path, fix="check the path and the layer")
     return Polygons(part_P, [values[g] for g in owner_P], np.asarray(numbers)[owner_P], frame, notes)
+
+
+def _mended(
+    part_P: npt.NDArray[Any], owner_P: npt.NDArray[np.int64], period: float | None, path: str, notes: list[str]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """Returns valid polygons with an area, and whose they are; those over the antimeridian drawn on beyond it."""
+    shapely = require("shapely", "prep")
+    over, polar = 0, np.zeros(len(part_P), dtype=bool)
+    if period is not None:
+        west_P, _, east_P, _ = shapely.bounds(part_P).T
+        for p in np.flatnonzero(east_P - west_P > period / 2.0):
+            rings = [np.asarray(ring.coords)[:, :2] for ring in (part_P[p].exterior, *part_P[p].interiors)]
+            drawn = [unwrapped(ring_V2, period) for ring_V2 in rings]
+            over += any(after is not before for after, before in zip(drawn, rings, strict=True))
+            polar[p] = not all(is_closed(ring_V2) for ring_V2 in drawn)
+            if not polar[p]:
+                part_P[p] = without_holes(drawn, period)
+    if over:
+        notes.append(f"{path}: {over} polygons have steps of over half of Mars: taken as lying over the antimeridian")
+    bad_P = ~polar & ~shapely.is_valid(part_P)  # a ring round a pole is closed along it by who draws it in a plane
+    if bad_P.any():
+        part_P[bad_P] = shapely.make_valid(part_P[bad_P])
+        notes.append(f"{path}: {int(bad_P.sum())} polygons cross themselves: mended")
+    before = owner_P
+    for _ in range(2):  # a mended polygon may be a collection of multi-polygons
+        part_P, inner = shapely.get_parts(part_P, return_index=True)
+        owner_P, polar = owner_P[inner], polar[inner]
+    areal = polar | ((shapely.get_type_id(part_P) == 3) & (shapely.area(part_P) > 0))
+    lost = len(np.setdiff1d(before, owner_P[areal]))
+    if lost:
+        notes.append(f"{path}: {lost} polygons have no area: left out")
+    return part_P[areal], owner_P[areal]
+
+
+def is_closed(ring_V2: Floats) -> bool:
+    """Returns False for an unwrapped ring that goes round a pole."""
+    return bool(abs(ring_V2[-1, 0] - ring_V2[0, 0]) <= 1e-9 * abs(ring_V2[:, 0]).max())
+
+
+def without_holes(rings: Sequence[Floats], period: float) -> Any:
+    """Returns the shapely geometry of closed rings, the outer one first, holes cut a period aside too."""
+    shapely = require("shapely", "prep")
+    if len(rings) == 1:
+        return shapely.Polygon(rings[0])
+    shell, *holes = (shapely.make_valid(shapely.Polygon(ring_V2)) for ring_V2 in rings)
+    steps = np.array([[-period, 0.0], [0.0, 0.0], [period, 0.0]])
+    turns = [shapely.transform(hole, lambda xy_V2, step=step: xy_V2 + step) for hole in holes for step in steps]
+    return shapely.difference(shell, shapely.union_all(turns))
 
 
 def unwrapped(ring_V2: Floats, period: float | None) -> Floats:
@@ -251,6 +302,8 @@ def _column(layer: Any, path: str, name: str | None) -> int | None:
 def _frame(layer: Any, path: str, driver: str, geometries: Sequence[Any]) -> tuple[Frame, list[str]]:
     crs = layer.GetSpatialRef()
     known = crs is not None and (crs.IsProjected() or crs.IsGeographic())
+    if known and crs.GetName().startswith("Undefined"):
+        known = False  # GDAL's name for the CRS of a GeoPackage that has none, on Earth's ellipsoid
     if known and driver == "GeoJSON" and not _names_crs(path):
         known = False  # GDAL says Earth's WGS 84 for every GeoJSON file without a CRS
     if not known:
@@ -264,7 +317,21 @@ def _frame(layer: Any, path: str, driver: str, geometries: Sequence[Any]) -> tup
             rule="a Mars CRS has a semi-major axis of 3365 to 3405 km",
             fix="give it its own Mars CRS (ogr2ogr -a_srs IAU_2015:49900 ...)",
         )
-    return Frame(crs.ExportToWkt()), []
+    return _as_named(Frame(crs.ExportToWkt()), path)
+
+
+def _as_named(frame: Frame, path: str) -> tuple[Frame, list[str]]:
+    """Takes latitudes as the name of the CRS says: shapefiles and GeoJSON keep the name, but not what the axes are."""
+    crs = frame._georeference._crs
+    name = str(crs.GetName())
+    if not crs.IsGeographic() or not crs.GetInvFlattening() or frame._georeference._latitude_is_planetocentric():
+        return frame, []
+    if re.search(r"(planet|areo|(?<![a-z]))ocentric", name.lower()):
+        note = f"{path}: its latitudes are taken as planetocentric, as the name of its CRS says ({name})"
+        return Frame(frame.wkt, named_centric=True), [note]
+    if re.search(r"(planet|areo|(?<![a-z]))ographic", name.lower()) and not frame._georeference._longitude_is_west():
+        return frame, [f"{path}: its longitudes are taken as east positive, though its CRS is named {name}"]
+    return frame, []
 
 
 def _names_crs(path: str) -> bool:
@@ -278,11 +345,11 @@ def _names_crs(path: str) -> bool:
 def _require_degrees(path: str, geometries: Sequence[Any]) -> str:
     bounds = require("shapely", "prep").total_bounds(np.array(geometries, dtype=object))
     low_x, low_y, high_x, high_y = (float(value) for value in bounds)
-    if not (low_x >= -360.0 and high_x <= 360.0 and low_y >= -90.0 and high_y <= 90.0):
+    if not (low_x >= -540.0 and high_x <= 540.0 and low_y >= -90.0 and high_y <= 90.0):
         raise DataError(
             "a vector file has no CRS, and its coordinates are no degrees",
             seen=f"{path}: x {low_x:g} to {high_x:g}, y {low_y:g} to {high_y:g}",
-            rule="without a CRS coordinates are planetocentric degrees, x -360..360 and y -90..90",
+            rule="without a CRS coordinates are planetocentric degrees, x -540..540 and y -90..90",
             fix="give it its Mars CRS (ogr2ogr -a_srs IAU_2015:49910 ...)",
         )
     return f"{path} names no CRS: taken as planetocentric degrees, east positive"

@@ -6,6 +6,7 @@ smallest whole-number type that holds them, and text is a code into a short list
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .extras import require
 
 _BLOCK = 512  # members of a tar file begin and end at multiples of it
 _FIX = "run momo prep again"
+_BATCH = 1 << 18  # rows read at once
 
 Floats = npt.NDArray[np.float64]
 
@@ -57,6 +59,10 @@ class _Coded:
 
     def __getitem__(self, rows: Any) -> Any:
         return self.values[self.codes[rows]]
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.codes.nbytes)
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,8 @@ class IndexRows:
     @property
     def nbytes(self) -> int:
         """Memory the tiles take, bytes."""
-        arrays = [self.shard, self.block, self.blocks, self.product]
-        arrays += self.columns.values()
-        return sum(array.codes.nbytes if isinstance(array, _Coded) else array.nbytes for array in arrays)
+        columns: list[Any] = [self.shard, self.block, self.blocks, self.product, *self.columns.values()]
+        return sum(int(column.nbytes) for column in columns)
 
 
 def read_index(folder: Path, manifest: Manifest) -> dict[str, IndexRows]:
@@ -122,33 +127,36 @@ def read_index(folder: Path, manifest: Manifest) -> dict[str, IndexRows]:
     table = _Table(folder / "index.parquet")
     split = table.coded("split", SPLITS)
     shard = table.coded("shard", [entry.name for entry in manifest.shards])
-    sizes = np.array([entry.bytes for entry in manifest.shards], dtype=np.int64)
-    block, blocks = _blocks(table, shard, sizes)
+    block, blocks = _blocks(table, shard, manifest)
     rows_by_split = {}
     for code, name in enumerate(SPLITS):
         rows = np.flatnonzero(split == code)
         _check_count(name, len(rows), manifest)
-        place = shard[rows].astype(np.int64) << 40 | block[rows]
-        if len(rows) and not (np.diff(place) > 0).all():
-            order = np.argsort(place, kind="stable")
-            rows, place = rows[order], place[order]
-            if not (np.diff(place) > 0).all():
-                raise DataError("two tiles of the index are one sample", seen=table.path, fix=_FIX)
-        rows_by_split[name] = rows
-    products, ids = table.categories("product_id")
-    percentiles = _percentiles(folder / "products.parquet", ids)
-    whole: dict[str, Any] = {name: table.floats(f"stored_{name}") for name in ("mean", "std")}
-    whole |= {name: _compact(table.whole(f"stored_{level}")) for name, level in (("low", "min"), ("high", "max"))}
-    whole |= {name: table.coded_floats(name) for name in ("scale", "offset_value")}
-    whole["std"] = whole["std"].astype(np.float32)
-    product = _Coded(_compact(products), np.array(ids, dtype=object))
-    places = tuple(_compact(column) for column in (shard, block, blocks))
+        rows_by_split[name] = rows[_shard_order(shard[rows], block[rows], table.path)]
+    product = table.categories("product_id")
+    percentiles = _percentiles(folder / "products.parquet", product.values.tolist())
+    # A column at a time: whole and shared out among the splits it lies in memory twice.
+    columns: dict[str, dict[str, Any]] = {name: {} for name in SPLITS}
+    for key, read in {
+        "mean": lambda: table.floats("stored_mean", np.float64),
+        "std": lambda: table.floats("stored_std", np.float32),
+        "low": lambda: table.levels("stored_min"),
+        "high": lambda: table.levels("stored_max"),
+        "scale": lambda: table.coded_floats("scale"),
+        "offset_value": lambda: table.coded_floats("offset_value"),
+    }.items():
+        column = read()
+        for name, rows in rows_by_split.items():
+            columns[name][key] = _rows_of(column, rows)
+    table.release()
     return {
         name: IndexRows(
-            *(column[rows] for column in places),
-            product=_Coded(product.codes[rows], product.values),
+            shard=shard[rows],
+            block=block[rows],
+            blocks=blocks[rows],
+            product=_rows_of(product, rows),
             percentiles=percentiles,
-            columns={key: _rows_of(column, rows) for key, column in whole.items()},
+            columns=columns[name],
         )
         for name, rows in rows_by_split.items()
     }
@@ -162,22 +170,39 @@ def _compact(column: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return column.astype(np.min_scalar_type(int(column.max()) if len(column) else 0))
 
 
+def _shard_order(shard: npt.NDArray[Any], block: npt.NDArray[Any], path: Path) -> Any:
+    """Returns what sorts tiles by shard and place in it: a slice when they lie so already, as prep writes them."""
+    place = shard.astype(np.int64) << 40
+    place |= block
+    if (place[1:] > place[:-1]).all():
+        return slice(None)
+    order = np.argsort(place, kind="stable")
+    place = place[order]
+    if not (place[1:] > place[:-1]).all():
+        raise DataError("two tiles of the index are one sample", seen=path, fix=_FIX)
+    return order
+
+
 def _blocks(
-    table: _Table, shard: npt.NDArray[Any], sizes: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    offset, nbytes = table.whole("offset"), table.whole("nbytes")
-    wrong = (offset < 0) | (nbytes <= 0) | (offset % _BLOCK != 0) | (nbytes % _BLOCK != 0)
-    if len(offset):
-        wrong |= offset + nbytes > sizes[shard]
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise DataError(
-            "the index points outside a shard",
-            seen=f"{table.path}, row {row}: byte {offset[row]}, {nbytes[row]} bytes",
-            rule="whole blocks of 512 bytes inside the shard",
-            fix=_FIX,
-        )
-    return offset // _BLOCK, nbytes // _BLOCK
+    table: _Table, shard: npt.NDArray[Any], manifest: Manifest
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+    """Returns first block and number of blocks of each sample. 32 bits reach to 2 TB in a shard."""
+    sizes = np.array([entry.bytes for entry in manifest.shards], dtype=np.int64)
+    block, blocks = (np.empty(table.rows, dtype=np.uint32) for _ in range(2))
+    for here, (offset, nbytes) in table.batches("offset", "nbytes"):
+        offset, nbytes = (np.asarray(column, dtype=np.int64) for column in (offset, nbytes))
+        wrong = (offset < 0) | (nbytes <= 0) | (offset % _BLOCK != 0) | (nbytes % _BLOCK != 0)
+        wrong |= offset + nbytes > sizes[shard[here]]
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise DataError(
+                "the index points outside a shard",
+                seen=f"{table.path}, row {here.start + row}: byte {offset[row]}, {nbytes[row]} bytes",
+                rule="whole blocks of 512 bytes inside the shard",
+                fix=_FIX,
+            )
+        block[here], blocks[here] = offset // _BLOCK, nbytes // _BLOCK
+    return block, _compact(blocks)
 
 
 def _check_count(split: str, found: int, manifest: Manifest) -> None:
@@ -192,16 +217,16 @@ def _percentiles(path: Path, ids: list[str]) -> Floats:
     """Percentiles of the products in the order of `ids`, shape (2, len(ids)); NaN where a product has none."""
     table = _Table(path)
     values = np.full((2, len(ids)), np.nan)
-    known = {product: row for row, product in enumerate(table.read("product_id").to_pylist())}
-    found = np.array([known.get(product, -1) for product in ids], dtype=np.int64)
-    for line, name in enumerate(("percentile_low", "percentile_high")):
-        column = table.read(name).to_numpy().astype(np.float64)
-        values[line, found >= 0] = column[found[found >= 0]]
+    numbers = {product: number for number, product in enumerate(ids)}
+    for _, (products, *columns) in table.batches("product_id", "percentile_low", "percentile_high", gaps=True):
+        found = np.array([numbers.get(product, -1) for product in products.to_pylist()], dtype=np.int64)
+        for line, column in enumerate(columns):
+            values[line, found[found >= 0]] = column.to_numpy(zero_copy_only=False)[found >= 0]
     return values
 
 
 class _Table:
-    """Columns of a parquet file as arrays, read one at a time so that a large table never lies in memory whole."""
+    """Columns of a parquet file as arrays, read batch by batch so that a large table never lies in memory whole."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -209,63 +234,92 @@ class _Table:
         self._parquet = require("pyarrow.parquet", "pretrain")
         if not path.is_file():
             raise DataError("a table of the corpus is missing", seen=path, fix=_FIX)
-
-    def read(self, name: str, *, dictionary: bool = False) -> Any:
-        """Returns a column as an Arrow chunked array."""
         try:
-            file = self._parquet.ParquetFile(self.path, read_dictionary=[name] if dictionary else None)
-            if name not in file.schema_arrow.names:
-                raise DataError("a table of the corpus lacks a column", seen=f"{self.path}: {name}", fix=_FIX)
-            return file.read(columns=[name]).column(name)
+            metadata = self._parquet.read_metadata(path)
         except (self._arrow.ArrowException, OSError) as error:
-            raise DataError("a table of the corpus cannot be read", seen=f"{self.path}: {error}", fix=_FIX) from None
+            raise self._unreadable(error) from None
+        self.rows: int = metadata.num_rows
+        self._names = set(metadata.schema.to_arrow_schema().names)
 
-    def _complete(self, name: str, *, dictionary: bool = False) -> Any:
-        column = self.read(name, dictionary=dictionary)
-        if column.null_count:
-            raise self._incomplete(name, column.null_count)
-        return column
+    def batches(self, *names: str, text: bool = False, gaps: bool = False) -> Iterator[tuple[slice, list[Any]]]:
+        """Yields rows and, for each column, an Arrow array of them.
 
-    def _incomplete(self, name: str, count: int) -> DataError:
-        return DataError("a column of the corpus has gaps", seen=f"{self.path}: {name}, {count} rows", fix=_FIX)
+        Args:
+            *names: Columns.
+            text: Give the columns dictionary-encoded.
+            gaps: Nulls are allowed.
+        """
+        if missing := [name for name in names if name not in self._names]:
+            raise DataError("a table of the corpus lacks a column", seen=f"{self.path}: {missing[0]}", fix=_FIX)
+        first = 0
+        try:
+            file = self._parquet.ParquetFile(self.path, read_dictionary=list(names) if text else None)
+            for batch in file.iter_batches(batch_size=_BATCH, columns=list(names)):
+                columns = [batch.column(name) for name in names]
+                if not gaps:
+                    for name, column in zip(names, columns, strict=True):
+                        self._check(name, first, column.null_count > 0)
+                yield slice(first, first + len(batch)), columns
+                first += len(batch)
+        except (self._arrow.ArrowException, OSError) as error:
+            raise self._unreadable(error) from None
 
-    def whole(self, name: str) -> npt.NDArray[np.int64]:
-        """Returns a column of whole numbers."""
-        return np.asarray(self._complete(name).to_numpy(), dtype=np.int64)
+    def release(self) -> None:
+        """Gives the memory that Arrow keeps for its next table back."""
+        self._arrow.default_memory_pool().release_unused()
 
-    def floats(self, name: str) -> Floats:
+    def _unreadable(self, error: Exception) -> DataError:
+        return DataError("a table of the corpus cannot be read", seen=f"{self.path}: {error}", fix=_FIX)
+
+    def _check(self, name: str, first: int, bad: bool) -> None:
+        if bad:
+            seen = f"{self.path}: {name}, rows from {first}"
+            raise DataError("a column of the corpus has gaps", seen=seen, rule="every row has a number", fix=_FIX)
+
+    def floats(self, name: str, dtype: type[np.floating[Any]]) -> npt.NDArray[Any]:
         """Returns a column of finite numbers."""
-        column = np.asarray(self._complete(name).to_numpy(), dtype=np.float64)
-        if bad := int(np.count_nonzero(~np.isfinite(column))):
-            raise self._incomplete(name, bad)
-        return column
+        out = np.empty(self.rows, dtype=dtype)
+        for here, (column,) in self.batches(name):
+            out[here] = column.to_numpy()
+            self._check(name, here.start, not np.isfinite(out[here]).all())
+        return out
+
+    def levels(self, name: str) -> npt.NDArray[Any]:
+        """Returns a column of stored values."""
+        out = np.empty(self.rows, dtype=np.uint16)
+        for here, (column,) in self.batches(name):
+            values = column.to_numpy()
+            if len(values) and not 0 <= values.min() <= values.max() <= 65535:
+                raise DataError("a stored value is out of range", seen=f"{self.path}: {name}", rule="0 to 65535")
+            out[here] = values
+        return _compact(out)
+
+    def categories(self, name: str) -> _Coded:
+        """Returns a text column as codes."""
+        return self._coded(name, text=True)
 
     def coded_floats(self, name: str) -> _Coded:
         """Returns a column of finite numbers with few distinct values."""
-        column = self._complete(name).dictionary_encode()
-        codes, values = self._codes(column)
-        values = np.array(values, dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise self._incomplete(name, int(np.count_nonzero(~np.isfinite(values[codes]))))
-        return _Coded(_compact(codes), values)
+        column = self._coded(name, text=False)
+        column = _Coded(column.codes, column.values.astype(np.float64))
+        self._check(name, 0, not np.isfinite(column.values).all())
+        return column
 
-    def categories(self, name: str) -> tuple[npt.NDArray[np.int64], list[str]]:
-        """Returns the codes of a text column and the texts they stand for."""
-        return self._codes(self._complete(name, dictionary=True))
+    def _coded(self, name: str, *, text: bool) -> _Coded:
+        codes = np.empty(self.rows, dtype=np.uint32)
+        numbers: dict[Any, int] = {}
+        for here, (column,) in self.batches(name, text=text):
+            encoded = column if text else column.dictionary_encode()
+            own = [numbers.setdefault(value, len(numbers)) for value in encoded.dictionary.to_pylist()]
+            codes[here] = np.array(own, dtype=np.uint32)[encoded.indices.to_numpy()]
+        return _Coded(_compact(codes), np.array(list(numbers), dtype=object))
 
-    def _codes(self, column: Any) -> tuple[npt.NDArray[np.int64], list[Any]]:
-        column = column.unify_dictionaries()
-        if not column.num_chunks:
-            return np.zeros(0, dtype=np.int64), []
-        codes = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in column.chunks]
-        return np.concatenate(codes).astype(np.int64), column.chunk(0).dictionary.to_pylist()
-
-    def coded(self, name: str, known: tuple[str, ...] | list[str]) -> npt.NDArray[np.int64]:
+    def coded(self, name: str, known: Sequence[str]) -> npt.NDArray[Any]:
         """Returns a text column as numbers of its texts in `known`."""
-        codes, texts = self.categories(name)
+        column = self.categories(name)
         numbers = {text: number for number, text in enumerate(known)}
-        if unknown := [text for text in texts if text not in numbers]:
+        if unknown := [text for text in column.values if text not in numbers]:
             raise DataError(
                 f"the index names a {name} that the manifest has not", seen=f"{self.path}: {unknown[0]}", fix=_FIX
             )
-        return np.array([numbers[text] for text in texts], dtype=np.int64)[codes]
+        return _compact(np.array([numbers[text] for text in column.values], dtype=np.int64)[column.codes])

@@ -103,17 +103,17 @@ def _normalisation(policy: str, corpus: Corpus) -> Normalisation:
 
 
 def _check_percentiles(corpus: Corpus) -> None:
+    without: set[str] = set()
     for rows in corpus.index.values():
         used = np.unique(rows.product.codes)
-        without = used[~np.isfinite(rows.percentiles[:, used]).all(axis=0)]
-        if len(without):
-            names = ", ".join(rows.product.values[without[:3]])
-            raise ConfigError(
-                "per_product_percentile needs percentiles of every product",
-                seen=f"{corpus.path}: {len(without)} products without, for example {names}",
-                rule="products.parquet has percentile_low and percentile_high",
-                fix="choose data.normalisation=per_tile_zscore, or run momo prep again",
-            )
+        without.update(rows.product.values[used[~np.isfinite(rows.percentiles[:, used]).all(axis=0)]])
+    if without:
+        raise ConfigError(
+            "per_product_percentile needs percentiles of every product",
+            seen=f"{corpus.path}: {len(without)} products without, for example {', '.join(sorted(without)[:3])}",
+            rule="products.parquet has percentile_low and percentile_high",
+            fix="choose data.normalisation=per_tile_zscore, or run momo prep again",
+        )
 
 
 Sample = dict[str, Any]

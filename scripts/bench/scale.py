@@ -1,4 +1,4 @@
-"""Plans and writes a corpus at 1/100 of 12 million tiles, and at half of that: does anything grow faster than the tiles?
+"""Plans and writes a corpus at 1/100 of 12 million tiles, and at half of that: what grows faster than the tiles?
 
 python scripts/bench/scale.py                 120,000 tiles
 python scripts/bench/scale.py tiles=30000

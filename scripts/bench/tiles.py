@@ -1,43 +1,76 @@
-"""Times training samples made from shards, kept decoded, and from one PNG a tile, on the same tiles in one run.
+"""Times reading tiles on one core against one PNG a tile, on the same tiles in one run.
 
-python scripts/bench/tiles.py
+python scripts/bench/tiles.py              # generated terrain, 8 and 16 bit, 224 px
+python scripts/bench/tiles.py CORPUS ...   # the first tiles of corpora
+
+The reference opens one PNG with PIL, takes its range to 8 bit, makes RGB of it and normalises, as the published code
+does. Files lie in the page cache in all cases; tiles are visited in random order; the best of several rounds counts.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from PIL import Image
 
 from momo.corpus import Corpus
 from momo.data_prep.shards import CorpusWriter, TileRecord
-from momo.normalise import Normalisation
+from momo.normalise import Normalisation, normalise_batch
 from momo.pretrain.data import Sources, TrainTiles
 
-TILES, SIZE = 400, 224
+TILES, SIZE, BATCH, ROUNDS = 384, 224, 64, 5
+
+Tiles = Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]]
 
 
-def write_tiles(folder: Path) -> Path:
-    """Writes one corpus and, beside it, the same tiles as single PNG files."""
+def terrain(dtype: str) -> Tiles:
+    """Generates tiles with the power spectrum of terrain (amplitude ~ wavenumber ** -1.5) and 5 % of white noise."""
     rng = np.random.default_rng(0)
-    corpus, files = folder / "corpus", folder / "files"
-    corpus.mkdir()
-    files.mkdir()
-    writer = CorpusWriter(corpus, sensor="CTX", tile_size=SIZE, dtype="uint8", synthetic=True)
-    for number in range(TILES):
-        ramp = np.add.outer(np.arange(SIZE) * rng.normal(), np.arange(SIZE) * rng.normal())
-        field = ramp + rng.normal(scale=6.0, size=(SIZE, SIZE))
-        pixels = (255 * (field - field.min()) / np.ptp(field)).astype(np.uint8)
-        meta = {"product_id": "P", "row": 0, "col": number, "scale": 1.0, "offset_value": 0.0}
-        valid = np.ones((SIZE, SIZE), dtype=bool)
-        writer.add(TileRecord(key=f"t{number:05d}", split="train", stored_HW=pixels, valid_HW=valid, meta=meta))
-        Image.fromarray(pixels).save(files / f"t{number:05d}.png")
-    writer.finish(products=[], prep={}, licence="CC0-1.0")
-    return folder
+    wavenumber = np.hypot(np.fft.fftfreq(SIZE)[:, None], np.fft.rfftfreq(SIZE))
+    mean, std = (120, 30) if dtype == "uint8" else (2000, 300)
+    for _ in range(TILES):
+        spectrum = np.fft.rfft2(rng.normal(size=(SIZE, SIZE))) / np.maximum(wavenumber, 0.01) ** 1.5
+        field = np.fft.irfft2(spectrum, s=(SIZE, SIZE))
+        field = (field - field.mean()) / field.std() + 0.05 * rng.normal(size=(SIZE, SIZE))
+        stored = np.clip(np.round(field * std + mean), 0, np.iinfo(dtype).max).astype(dtype)
+        yield stored, np.ones((SIZE, SIZE), dtype=bool)
+
+
+def tiles_of(path: Path) -> Tiles:
+    """Yields the first tiles of a corpus."""
+    corpus = Corpus(path)
+    for position in range(min(TILES, corpus.count("train"))):
+        tile = corpus.read_stored("train", position)
+        yield tile.stored_HW, tile.valid
+
+
+def write_tiles(folder: Path, tiles: Tiles, dtype: str, size: int) -> int:
+    """Writes one corpus of each codec and, beside them, the same tiles as single PNG files; returns their number."""
+    (folder / "files").mkdir(parents=True)
+    form: dict[str, Any] = {"sensor": "CTX", "tile_size": size, "dtype": dtype, "synthetic": True}
+    writers = {}
+    for codec in ("zstd", "png"):
+        (folder / codec).mkdir()
+        writers[codec] = CorpusWriter(folder / codec, codec=codec, **form)
+    count = 0
+    for stored, valid in tiles:
+        meta = {"product_id": "P", "row": 0, "col": count, "scale": 0.01, "offset_value": 1.0}
+        record = TileRecord(key=f"t{count:05d}", split="train", stored_HW=stored, valid_HW=valid, meta=meta)
+        for writer in writers.values():
+            writer.add(record)
+        Image.fromarray(stored).save(folder / "files" / f"t{count:05d}.png")
+        count += 1
+    for writer in writers.values():
+        writer.finish(products=[{"product_id": "P"}], prep={}, licence="CC0-1.0")
+    return count
 
 
 def plain_reader(folder: Path) -> Callable[[int], object]:
@@ -52,30 +85,73 @@ def plain_reader(folder: Path) -> Callable[[int], object]:
     return read
 
 
-def rate(read: Callable[[int], object]) -> float:
-    """Returns tiles a second over all tiles."""
-    started = time.perf_counter()
-    for number in range(TILES):
-        read(number)
-    return TILES / (time.perf_counter() - started)
+def ways(folder: Path, order: npt.NDArray[np.int64]) -> dict[str, Callable[[], object]]:
+    """Returns what is timed: each reads all tiles once."""
+    plain, corpora = plain_reader(folder), {codec: Corpus(folder / codec) for codec in ("zstd", "png")}
+    batches = [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
+    normalisation = Normalisation()
+
+    def stored(codec: str) -> None:
+        for batch in batches:
+            corpora[codec].read_batch("train", batch)
+
+    def scaled() -> None:
+        for batch in batches:
+            tiles = corpora["zstd"].read_batch("train", batch)
+            valid = None if tiles.valid_BHW is None else torch.from_numpy(tiles.valid_BHW)
+            affine = torch.from_numpy(normalisation.affine(tiles.statistics))
+            normalise_batch(torch.from_numpy(tiles.stored_BHW), valid, affine, normalisation.limit)
+
+    def samples(tiles: TrainTiles) -> None:
+        for number in order.tolist():
+            tiles[(0, number)]
+
+    sources = Sources([corpora["zstd"]], [normalisation])
+    patches = (corpora["zstd"].manifest.tile_size // 16) ** 2
+    anew, kept = (
+        TrainTiles(sources, patches=patches, augment=True, seed=0, cache_mb=megabytes) for megabytes in (0, 4096)
+    )
+    samples(kept)
+    return {
+        "one PNG a tile, min-max, RGB, normalised": lambda: [plain(number) for number in order.tolist()],
+        "one PNG a tile, decoded only": lambda: [
+            np.asarray(Image.open(folder / "files" / f"t{number:05d}.png")) for number in order.tolist()
+        ],
+        "corpus, png: stored tiles, ready for the device": lambda: stored("png"),
+        "corpus, zstd: stored tiles, ready for the device": lambda: stored("zstd"),
+        "corpus, zstd: scaled to float32 on the CPU": scaled,
+        "training samples: stored, validity, symmetry, mask": lambda: samples(anew),
+        "training samples, kept decoded": lambda: samples(kept),
+    }
+
+
+def measure(title: str, tiles: Tiles, dtype: str, size: int) -> None:
+    """Prints tiles a second of each way and the ratio to the first."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        count = write_tiles(folder, tiles, dtype, size)
+        timed = ways(folder, np.random.default_rng(1).permutation(count))
+        seconds = dict.fromkeys(timed, float("inf"))
+        for _ in range(ROUNDS):
+            for label, read in timed.items():
+                started = time.perf_counter()
+                read()
+                seconds[label] = min(seconds[label], time.perf_counter() - started)
+    reference = next(iter(seconds.values()))
+    print(f"{title}, {dtype}, {size} px, {count} tiles")
+    for label, duration in seconds.items():
+        print(f"  {label:52s} {count / duration:7.0f} tiles/s  {reference / duration:6.2f}")
 
 
 def main() -> None:
-    """Prints tiles a second of each way and the ratios."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = write_tiles(Path(name))
-        sources = Sources([Corpus(folder / "corpus")], [Normalisation()])
-        shards, kept = (
-            TrainTiles(sources, patches=196, in_chans=1, augment=True, seed=0, cache_mb=megabytes)
-            for megabytes in (0, 1024)
-        )
-        plain = rate(plain_reader(folder))
-        anew = rate(lambda number: shards[(0, number)])
-        rate(lambda number: kept[(0, number)])
-        again = rate(lambda number: kept[(1, number)])
-    print(f"one PNG a tile, plain: {plain:.0f} tiles/s")
-    print(f"shards, with validity, symmetries and masks: {anew:.0f} tiles/s, ratio {anew / plain:.2f}")
-    print(f"the same, kept decoded: {again:.0f} tiles/s, ratio {again / plain:.2f}")
+    """Measures generated tiles, or those of the corpora given."""
+    torch.set_num_threads(1)
+    for path in map(Path, sys.argv[1:]):
+        manifest = Corpus(path).manifest
+        measure(path.name, tiles_of(path), manifest.dtype, manifest.tile_size)
+    if not sys.argv[1:]:
+        for dtype in ("uint8", "uint16"):
+            measure("generated terrain", terrain(dtype), dtype, SIZE)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import pyarrow.parquet as parquet
 from PIL import Image
 
 from momo.corpus import Corpus
-from momo.data_prep.import_momo import ImportConfig, import_momo
-from momo.data_prep.verify import VerifyConfig, verify
+from momo.data_prep.importing import ImportConfig, import_momo
+from momo.data_prep.verifying import VerifyConfig, verify
 from momo.errors import ConfigError, DataError
 
 SIZE = 24

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from momo.data_prep import resample
-from momo.data_prep.products import Validity, open_product
+from momo.data_prep.products import Validity
 from momo.data_prep.resample import as_levels, open_rows, resampled
 from momo.errors import DataError
 from tests.data_prep.products import gdal, inspect_file, mars_crs, read, terrain, write_raster
@@ -111,7 +111,7 @@ def test_small_blocks_of_rows_and_columns_give_the_same_pixels(tmp_path, monkeyp
     product = made(tmp_path, ground(300, 240), nodata=0)
     new = resampled(product, 100.0, kernel)
     raw, valid = whole(new)
-    monkeypatch.setattr(resample, "_BLOCK_BYTES", 4 * 60 * 100)
+    monkeypatch.setattr(resample, "_BLOCK_BYTES", 4 * 20 * 60)
     small = open_rows(new)
     assert small._rows == 1 and small._cols < new.width
     np.testing.assert_array_equal(small.read(0, new.height)[0], raw)
@@ -128,8 +128,8 @@ def test_source_pixels_in_memory_are_bounded(tmp_path, monkeypatch):
 
     monkeypatch.setattr(resample, "read_window", remember)
     monkeypatch.setattr(resample._ResampledRows, "_warp", lambda self, s, p, shape, k, holes: np.ones(shape, s.dtype))
-    monkeypatch.setattr(resample, "_BLOCK_BYTES", 2**20)
-    for kernel, width, factor in (("lanczos", 40000, 100.0), ("average", 40000, 2.0), ("average", 2000, 0.2)):
+    monkeypatch.setattr(resample, "_BLOCK_BYTES", 2**18)
+    for kernel, width, factor in (("lanczos", 10000, 100.0), ("average", 10000, 2.0), ("average", 500, 0.2)):
         large = dataclasses.replace(product, width=width, height=50000)
         new = resampled(large, 10.0 * factor, kernel)
         reader = open_rows(new)
@@ -137,8 +137,8 @@ def test_source_pixels_in_memory_are_bounded(tmp_path, monkeypatch):
         assert raw.shape == (2, new.width)
         # The margins of one pixel may be larger than the bound, never much more than one pixel's own reach.
         least = (factor + 2 * reader._margin) ** 2 * 4
-        assert max(spans) <= max(2**20 * 1.2, least * 1.2)
-        assert reader._rows * reader._cols * 4 <= 2**20 * 1.2
+        assert max(spans) <= max(2**18 * 1.2, least * 1.2)
+        assert reader._rows * reader._cols * 4 <= 2**18 * 1.2
         spans.clear()
 
 
@@ -165,6 +165,36 @@ def test_dead_lines_do_not_darken_the_new_pixels(tmp_path):
     image[40] = 0
     raw, valid = whole(resampled(made(tmp_path, image, nodata=None), 20.0, "average"))
     assert valid.all() and np.array_equal(raw[20], np.rint(image[41].reshape(40, 2).mean(axis=1)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("lost", [(118, 142), (126, 127), (120, 128), (128, 131), (130, 139), (90, 300), (0, 1)])
+def test_lost_rows_are_told_wherever_blocks_begin(tmp_path, kernel, lost):
+    """At a factor of 2 the first block ends at source row 128."""
+    image = ground(320, 60)
+    image[lost[0] : lost[1]] = 0
+    new = resampled(made(tmp_path, image), 20.0, kernel)
+    raw, valid = whole(new)
+    first, stop = lost[0] // 2, -(-lost[1] // 2)
+    whole_lost = slice(-(-lost[0] // 2), lost[1] // 2)
+    assert valid[:first].all() and valid[stop:].all()
+    assert kernel == "nearest" or not valid[whole_lost].any()
+    clean = made(tmp_path, image, nodata=0)
+    expected, expected_valid = whole(resampled(clean, 20.0, kernel))
+    np.testing.assert_array_equal(valid, expected_valid)
+    np.testing.assert_array_equal(raw, expected)
+
+
+def test_a_dead_column_is_told_wherever_parts_begin(tmp_path, monkeypatch):
+    """At a factor of 2 the second part begins at source column 20; blocks of 4 rows alone are too low to tell."""
+    monkeypatch.setattr(resample._ResampledRows, "_block_shape", lambda self: (4, 10))
+    image = ground(80, 60)
+    for col in range(14, 25):
+        spoilt = image.copy()
+        spoilt[:, col : col + 2] = 0
+        found = whole(resampled(made(tmp_path, spoilt), 20.0, "bilinear"))
+        expected = whole(resampled(made(tmp_path, spoilt, nodata=0), 20.0, "bilinear"))
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("kernel", ["bilinear", "cubic", "lanczos", "average"])
@@ -247,13 +277,19 @@ def test_native_rows_are_those_of_the_product(tmp_path):
 
 def test_refusals(tmp_path):
     product = made(tmp_path, ground(50, 40))
-    for gsd in (0.6, 401.0, 1e-9, 1e30):
-        with pytest.raises(DataError, match=r"cannot be resampled to this GSD.*40 x 50 pixels of 10 m.*at most 16 times"):
+    refused = "cannot be resampled to this GSD.*a.tif: 40 x 50 pixels of 10 m to .*at most 16 times"
+    for gsd in (0.6, 401.0, 5e-324, 1e-9, 1e308):
+        with pytest.raises(DataError, match=refused):
             resampled(product, gsd, "average")
     assert resampled(product, 10 / 16, "average").width == 640
     assert resampled(product, 400.0, "average").width == 1
     with pytest.raises(DataError, match="without its GSD.*a.tif.*set `gsd_m`"):
         resampled(dataclasses.replace(product, gsd_m=math.nan), 12.0, "average")
+    vast = dataclasses.replace(product, width=200000, height=100000)
+    too_many = "too many of the product: a.tif: 14004 x 14004 pixels of 10 m to one of 20000 m by lanczos.*16777216"
+    with pytest.raises(DataError, match=too_many):
+        resampled(vast, 20000.0, "lanczos")
+    assert resampled(vast, 20000.0, "average").width == 100
     with pytest.raises(DataError, match="resampled twice.*a.tif"):
         resampled(resampled(product, 20.0, "average"), 40.0, "average")
     huge = dataclasses.replace(product, width=2**30, height=2**30)
@@ -289,6 +325,6 @@ def test_real_product_by_average(real_mars):
     product = inspect_file(path, gsd_m=6.0, collar="off")
     new = resampled(product, 24.0, "average")
     raw, valid = whole(new)
-    image = open_product(product).GetRasterBand(1).ReadAsArray()
+    image, _ = read(product)
     mean = image.reshape(500, 4, 500, 4).mean(axis=(1, 3))
     assert valid.all() and np.array_equal(raw, np.rint(mean).astype(raw.dtype))

@@ -156,6 +156,19 @@ def test_each_limit_drops_what_it_names(tmp_path, limit, reason):
     assert reason in text
 
 
+def test_lost_rows_across_windows_are_masked_and_counted(tmp_path):
+    image = ground(128, 160)
+    image[28:36] = 3  # a lost packet over the border of the first and the second row of windows
+    path = write_raster(tmp_path / "s.tif", image, **LOCATED)
+    corpus, _ = run(str(path), tmp_path / "out", split={"val_fraction": 0.0})
+    for row in index(corpus):
+        assert row["dead_lines"] == (4 if row["row"] in (0, 32) else 0)
+    for tile in tiles(corpus):
+        first = tile.meta["row"]
+        lost = [first + n for n in np.flatnonzero(~tile.valid_HW.any(axis=1))]
+        assert lost == [n for n in range(28, 36) if first <= n < first + 32]
+
+
 def test_overlapping_tiles_never_share_ground_between_splits(tmp_path):
     path = write_raster(tmp_path / "s.tif", ground(256, 256))
     corpus, text = run(str(path), tmp_path / "out", stride=16, split={"block_tiles": 3})

@@ -17,7 +17,7 @@ import pyarrow.parquet as parquet
 from momo.codecs import encode_mask, encode_tile
 from momo.corpus_format import ShardEntry, fingerprint
 from momo.data_prep.shards import CorpusWriter, TileRecord
-from momo.data_prep.verify import VerifyConfig, verify
+from momo.data_prep.verifying import VerifyConfig, verify
 from momo.errors import ConfigError, DataError
 from momo.files import sha256_file
 

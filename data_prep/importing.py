@@ -216,7 +216,8 @@ def _rows(config: ImportConfig, counts: _Counts | None) -> Iterator[Row]:
     """Yields the rows of the sensor and split; `counts` learns of the others."""
     counts = counts or _Counts(ImportConfig(**{**to_dict(config), "on_error": "skip"}))
     for line, values in csv_lines(Path(config.csv)):
-        row = Row(line, *(values[name] for name in COLUMNS[:3]), split=values["Split"].lower())
+        instrument, unit, name = (values[column] for column in COLUMNS[:3])
+        row = Row(line, instrument, unit, name, values["Split"].lower())
         sensor = sensor_from_instrument(row.instrument)
         if sensor is None:
             error = BadRow("unknown instrument", f"{row.instrument!r}, one of {', '.join(SENSORS)}")
