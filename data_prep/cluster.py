@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,12 +29,12 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 _CONNECT_SECONDS = 20
 _JOB_SECONDS = 3600
+_ASK_SECONDS = 5.0
 
 
 class Workers(Protocol):
     """Runs a function over items."""
 
-    count: int
     description: str
 
     def run(self, function: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[tuple[int, Any]]:
@@ -43,7 +45,6 @@ class Workers(Protocol):
 class _Here:
     """Runs everything in this process."""
 
-    count = 1
     description = "in this process"
 
     def run(self, function: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[tuple[int, Any]]:
@@ -56,7 +57,7 @@ class _Dask:
 
     def __init__(self, client: Any, description: str) -> None:
         self._client, self.description = client, description
-        self.count = max(1, sum(client.nthreads().values()))
+        self._asked, self._threads = -math.inf, 1
 
     def run(self, function: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[tuple[int, Any]]:
         lost: list[int] = []
@@ -71,7 +72,10 @@ class _Dask:
                 yield position, _died(result) if isinstance(result, _Lost) else result
 
     def _slots(self) -> int:
-        return max(1, sum(self._client.nthreads().values()))
+        """Returns the threads of all workers; asked anew now and then, since SLURM jobs come one by one."""
+        if time.monotonic() - self._asked > _ASK_SECONDS:
+            self._asked, self._threads = time.monotonic(), max(1, sum(self._client.nthreads().values()))
+        return self._threads
 
     def _run(
         self, function: Callable[[ItemT], ResultT], items: Sequence[tuple[int, ItemT]], ahead: int

@@ -52,7 +52,7 @@ def units_at(
     x, y = polygons.frame.from_lonlat(lon_N[place], lat_N[place])
     bounds = shapely.total_bounds(geometry_P)
     period = polygons.frame.period
-    for turn in (0.0,) if period is None else (-period, 0.0, period):
+    for turn in (0.0,) if period is None else period * np.arange(-2.0, 3.0):
         inside = np.isfinite(x) & np.isfinite(y) & (x + turn >= bounds[0]) & (x + turn <= bounds[2])
         for some in _chunks(np.flatnonzero(inside)):
             # A tree of the points, asked with the polygons: shapely prepares what it asks with.

@@ -188,7 +188,8 @@ def as_polygons(
         raise DataError(
             "a polygon is empty or has a coordinate that is no number", seen=f"{path}: {item} {numbers[bad.min()]}"
         )
-    part_P, owner_P = _mended(*shapely.get_parts(geometry_G, return_index=True), frame.period, path, notes)
+    part_P, owner_P = shapely.get_parts(geometry_G, return_index=True)
+    part_P, owner_P = _mended(part_P, owner_P, frame.period, path, notes)
     if not len(part_P):
         raise DataError("a vector file holds no polygon with an area", seen=path, fix="check the path and the layer")
     return Polygons(part_P, [values[g] for g in owner_P], np.asarray(numbers)[owner_P], frame, notes)

@@ -102,7 +102,7 @@ def test_random_windows_touch_what_they_meet_and_nothing_far_away():
     """Any place, angle, projection; 0.2 to 10 cells wide."""
     rng = np.random.default_rng(7)
     extra = total = 0
-    for _ in range(60):
+    for _ in range(40):
         kind, gsd = str(rng.choice(["equirectangular", "sinusoidal", "polar"])), 10 ** rng.uniform(0, 2.5)
         x, y = rng.uniform(-1e6, 1e6, 2) if kind == "polar" else rng.uniform(-1, 1, 2) * [2e6, 4.5e6]
         angle = rng.uniform(0, 6.3)
@@ -155,10 +155,10 @@ def test_windows_far_from_base_cells_and_poles_touch_hardly_more_than_they_meet(
         cols = range(0, 900, 100)
         places = place_windows(PLACES[place], 300, cols, 100, order=order, pixel_block=1)
         for n, col in enumerate(cols):
-            met, cells = cells_of_pixels(PLACES[place], 300, col, 100, order, points=201), set(touched(places, n))
+            met, cells = cells_of_pixels(PLACES[place], 300, col, 100, order, points=81), set(touched(places, n))
             assert met <= cells
             extra, total = extra + len(cells - met), total + len(cells)
-    assert extra <= 0.05 * total
+    assert extra <= 0.1 * total
 
 
 def test_window_larger_than_cells_touches_those_inside():
