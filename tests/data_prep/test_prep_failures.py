@@ -108,9 +108,7 @@ def test_damage_half_way_keeps_the_good_rows_and_says_so(tmp_path):
 
 def test_nothing_left_nothing_found_and_existing_output(tmp_path):
     bad = bad_product(tmp_path, "small")
-    with pytest.raises(
-        DataError, match="no tile is left: 0 products without a tile, 1 failed, the last: the prod"
-    ):
+    with pytest.raises(DataError, match="no tile is left: 0 products without a tile, 1 failed, the last: the prod"):
         run(str(bad), tmp_path / "out", on_error="skip")
     with pytest.raises(DataError, match=r"no product is found: .*\*\.cub"):
         run(str(tmp_path / "*.cub"), tmp_path / "out")
