@@ -28,6 +28,7 @@ from momo.files import atomic_folder, sha256_json, write_json
 from .assembly import Part, ShardPlan, add_statistics, chunks, in_order, write_shard
 from .cluster import Workers, open_workers
 from .config import PrepConfig
+from .footprints import read_footprints
 from .inspecting import Failures, inspect_all, one_sensor, sources_of
 from .pieces import CutSettings
 from .planning import Plan, make_plan
@@ -37,6 +38,7 @@ from .shards import TableFile, write_manifest
 from .sources import Source
 from .split import cell_order
 from .statistics import PixelStatistics
+from .strata import units_at
 from .tables import Ready, contact_sheet, report_file, tile_table, write_products
 from .tiling import Cut, cut
 
@@ -81,6 +83,7 @@ def prep(config: PrepConfig, report: Report = print) -> PrepResult:
     gdal_module()
     for module in ("pyarrow", "scipy", "shapely", "zstandard", "distributed"):
         require_installed(module, "prep")
+    _check_vectors(config)
     started = time.perf_counter()
     out = Path(config.out).absolute()
     work = Path(config.work).absolute() if config.work else out.with_name(f"{out.name}.work")
@@ -110,6 +113,16 @@ def prep(config: PrepConfig, report: Report = print) -> PrepResult:
     else:
         _remove_work(work, ready, own=config.work is None)
     return PrepResult(Path(config.out), failures.listed)
+
+
+def _check_vectors(config: PrepConfig) -> None:
+    """Reads the vector files before anything is cut: a wrong one must not be told after hours of work."""
+    if config.leakage.footprints is not None:
+        read_footprints(config.leakage.footprints)
+    if config.strata.units is not None:
+        assert config.strata.column is not None
+        nowhere = np.zeros(1)
+        units_at(nowhere, nowhere, config.strata.units, config.strata.column, config.strata.layer)
 
 
 def _remove_work(work: Path, ready: list[Ready], own: bool) -> None:

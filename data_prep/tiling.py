@@ -103,9 +103,10 @@ def _damage(info: PieceInfo, product: Product) -> DataError | None:
 def short_reason(error: MomoError, source: Source) -> str:
     """Returns an error in one line without the product's own name, for lists that name the product already."""
     seen = "" if error.seen is None else str(error.seen)
-    for name in (str(source.path), source.name, source.display):
-        seen = seen.replace(f"{name}: ", "").replace(name, "")
-    return f"{error.what}: {seen.strip()}" if seen.strip() else error.what
+    for name in (source.name, str(source.path)):
+        seen = seen.replace(name, source.display)
+    seen = seen.removeprefix(source.display).removeprefix(":").strip()
+    return f"{error.what}: {seen}" if seen else error.what
 
 
 def _cut_into(folder: Path, product: Product, settings: CutSettings) -> PieceInfo:

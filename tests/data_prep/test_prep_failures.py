@@ -9,6 +9,7 @@ import pytest
 
 from momo.corpus import Corpus
 from momo.data_prep import prep, tiling
+from momo.data_prep.sources import Source
 from momo.errors import DataError
 from tests.data_prep.prep_helper import LOCATED, config_of, ground, products_of, run, tiles
 from tests.data_prep.products import earth_crs, write_raster
@@ -119,3 +120,23 @@ def test_nothing_left_nothing_found_and_existing_output(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match="the output exists already"):
         run(str(bad), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"strata": {"units": "none.gpkg", "column": "Unit"}}, r"a vector file does not exist: none\.gpkg"),
+     ({"leakage": {"footprints": "none.csv"}}, r"a table of footprints cannot be read: none\.csv")],
+)  # fmt: skip
+def test_vector_files_are_read_before_anything_is_cut(tmp_path, settings, message):
+    path = str(write_raster(tmp_path / "s.tif", ground(), **LOCATED))
+    with pytest.raises(DataError, match=message):
+        run(path, tmp_path / "out", **settings)
+    assert [p.name for p in tmp_path.iterdir()] == ["s.tif"]
+
+
+def test_reasons_do_not_repeat_the_product(tmp_path):
+    source = Source(name="/data/a.tif", display="a.tif", path=Path("/data/a.tif"))
+    for seen, text in [("/data/a.tif: no header", "it is bad: no header"), ("a.tif: 3 rows", "it is bad: 3 rows"),
+                       ("`/data/a.tif' is no file", "it is bad: `a.tif' is no file"), ("/data/a.tif", "it is bad"),
+                       (None, "it is bad")]:  # fmt: skip
+        assert tiling.short_reason(DataError("it is bad", seen=seen), source) == text
