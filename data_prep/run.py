@@ -175,10 +175,15 @@ def _cut_settings(config: PrepConfig, products: list[Product]) -> CutSettings:
         step=config.step,
         quality=to_dict(config.quality),
         codec=config.codec,
-        dtype="uint8" if all(product.dtype == "uint8" for product in products) else "uint16",
+        # A product without a window must not make the tiles of the others wider.
+        dtype="uint8" if all(p.dtype == "uint8" for p in products if _has_window(p, config)) else "uint16",
         order=order,
         pixel_block=config.split.block_tiles * config.tile_size,
     )
+
+
+def _has_window(product: Product, config: PrepConfig) -> bool:
+    return min(product.width, product.height) >= config.tile_size
 
 
 def _cut_all(

@@ -26,6 +26,12 @@ def test_example_loads(name):
     assert f"momo {name} --config configs/{STAGES[name].name}" in STAGES[name].read_text()
 
 
+def test_the_recipe_of_the_paper_loads():
+    schema, _ = COMMANDS["prep"].load()
+    config = load_config(schema, CONFIGS / "recipe" / "prep_momo.yaml", ["products=[raw]", "out=corpus", "sensor=CTX"])
+    assert config.strata.tiles == 4_000_000 and config.split.by == "healpix" and config.tile_size == 224
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "real").glob("*.yaml")), ids=lambda path: path.stem)
 def test_real_data_configs_load(path, monkeypatch):
     monkeypatch.setenv("MOMO_REAL_DATA", "somewhere")

@@ -70,6 +70,13 @@ def test_bad_products_are_skipped_listed_and_done_again_when_mended(tmp_path, mo
     assert "a_good" not in cuts and len(cuts) == 6
 
 
+def test_a_product_without_a_window_does_not_widen_the_tiles(tmp_path):
+    write_raster(tmp_path / "a.tif", ground(), **LOCATED)
+    write_raster(tmp_path / "b.tif", ground(20, 20).astype("float32"))
+    corpus, _ = run(str(tmp_path / "*.tif"), tmp_path / "out", on_error="skip")
+    assert corpus.manifest.dtype == "uint8" and len(corpus.manifest.failures) == 1
+
+
 def test_the_same_command_again_redoes_failures_only(tmp_path, monkeypatch):
     write_raster(tmp_path / "in" / "a.tif", ground(), **LOCATED)
     (tmp_path / "in" / "b.tif").write_bytes(b"no raster")
