@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from momo.extras import require
+from momo.pages import Picture
 from momo.sensors import sensor_colour
 
 from .describe_numbers import BAND_DEG, MEASURES, Floats, Measure, Tables, Tones
@@ -32,25 +32,6 @@ _MEASURE_LABELS = {
     "valid_fraction": "valid fraction", "quality": "structural score", "noise": "noise / tile std", "blur": "blur",
     "stripes": "striping", "saturation": "saturated share",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image of the page.
-
-    Attributes:
-        name: File name without suffix.
-        png: The bytes.
-        alt: What it shows, for those who do not see it.
-        caption: Line under it.
-        width: Shown width at most, CSS pixels.
-    """
-
-    name: str
-    png: bytes
-    alt: str
-    caption: str
-    width: int = 520
 
 
 def val_colour(sensor: str) -> str:

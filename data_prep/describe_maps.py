@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from momo.extras import require
+from momo.pages import Picture
 from momo.sensors import sensor_colour
 
-from .describe_figures import Picture, figure_png, new_axes, split_legend, val_colour
+from .describe_figures import figure_png, new_axes, split_legend, val_colour
 from .describe_numbers import GRID_DEG, MAX_SHOWN_ROWS, Floats, Rows, Tables
 
 _CLOSE_DEG = 40.0

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from momo.extras import require
+from momo.pages import Picture, page_style, template_environment, tidy_markdown
 from momo.version import __version__
 
-from .describe_figures import Picture
 from .describe_mosaic import Shown, mosaic
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -94,19 +93,6 @@ class Card:
         return found | {f"{part.key}_tiles": mosaic(part.tiles) for part in self.sections if part.tiles}
 
 
-def data_uri(png: bytes) -> str:
-    """Returns an image as text that stands in the page itself."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def markdown_cell(text: Any) -> str:
-    """Makes a text safe inside a Markdown table cell, heading, line or alt text."""
-    escaped = str(text).replace("\\", "\\\\")
-    for mark in "|*_[]<>`#":
-        escaped = escaped.replace(mark, "\\" + mark)
-    return " ".join(escaped.split())
-
-
 def markdown_code(text: Any) -> str:
     """Makes a text a code span inside a table cell; there a bar is the only mark that must be escaped."""
     plain = " ".join(str(text).replace("`", "'").split())
@@ -122,20 +108,12 @@ def _fenced(text: str) -> str:
 
 
 def _environment(*, html: bool) -> Any:
-    jinja2 = require("jinja2", "prep")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=html,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(data_uri=data_uri, cell=markdown_cell, code=markdown_code, fenced=_fenced)
-    return environment
+    return template_environment(TEMPLATES, "prep", html=html, code=markdown_code, fenced=_fenced)
 
 
 def render_html(card: Card) -> str:
     """Returns the card as one HTML document that needs nothing beside it."""
-    css = require("markupsafe", "prep").Markup((TEMPLATES / "card.css").read_text(encoding="utf-8"))
+    css = page_style(TEMPLATES / "card.css", "prep")
     return str(_environment(html=True).get_template("card.html.j2").render(card=card, css=css))
 
 
@@ -143,9 +121,7 @@ def render_markdown(card: Card) -> str:
     """Returns the card as Markdown with YAML front matter; its figures lie in `figures/`."""
     front = require("yaml", "prep").safe_dump(card.front, sort_keys=False, allow_unicode=True, width=100)
     text = str(_environment(html=False).get_template("card.md.j2").render(card=card, front=front))
-    lines = [line.rstrip() for line in text.split("\n")]
-    kept = [line for number, line in enumerate(lines) if line or (number and lines[number - 1])]
-    return "\n".join(kept).strip("\n") + "\n"
+    return tidy_markdown(text)
 
 
 def write_card(card: Card, folder: Path) -> None:

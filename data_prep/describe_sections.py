@@ -14,9 +14,9 @@ from PIL import Image
 from momo.corpus import Corpus
 from momo.corpus_format import SPLITS
 from momo.errors import DataError
+from momo.pages import Picture
 
 from .describe_figures import (
-    Picture,
     drop_figure,
     gsd_figure,
     latitude_figure,

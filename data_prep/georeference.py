@@ -42,7 +42,8 @@ class Georeference:
         return bool(self.wkt) and self.transform is not None
 
     @cached_property
-    def _crs(self) -> Any:
+    def crs(self) -> Any:
+        """The CRS as an OSR object, x before y."""
         osr = require("osgeo.osr", "prep")
         osr.UseExceptions()
         crs = osr.SpatialReference()
@@ -53,16 +54,16 @@ class Georeference:
     @property
     def name(self) -> str:
         """Name of the CRS, or `no CRS`."""
-        return str(self._crs.GetName()) if self.wkt else "no CRS"
+        return str(self.crs.GetName()) if self.wkt else "no CRS"
 
     @cached_property
     def _to_geodetic(self) -> Any:
         """Transformation from the projected CRS to east-positive geodetic degrees on the same ellipsoid."""
         osr = require("osgeo.osr", "prep")
         own = osr.SpatialReference()
-        own.SetGeogCS("own", "own", "own", self._crs.GetSemiMajor(), self._crs.GetInvFlattening())
+        own.SetGeogCS("own", "own", "own", self.crs.GetSemiMajor(), self.crs.GetInvFlattening())
         own.SetAxisMappingStrategy(osr.OAMS_TRADITIONAL_GIS_ORDER)
-        return osr.CoordinateTransformation(self._crs, own)
+        return osr.CoordinateTransformation(self.crs, own)
 
     @property
     def gsd_m(self) -> float:
@@ -74,9 +75,9 @@ class Georeference:
             return math.nan
         assert self.transform is not None
         _, a, b, _, d, e = self.transform
-        if self._crs.IsGeographic():
-            return math.hypot(b, e) * self._crs.GetAngularUnits() * self._crs.GetSemiMajor()
-        return math.sqrt(abs(a * e - b * d)) * self._crs.GetLinearUnits()
+        if self.crs.IsGeographic():
+            return math.hypot(b, e) * self.crs.GetAngularUnits() * self.crs.GetSemiMajor()
+        return math.sqrt(abs(a * e - b * d)) * self.crs.GetLinearUnits()
 
     def lonlat(
         self, col: npt.NDArray[np.float64], row: npt.NDArray[np.float64]
@@ -93,11 +94,11 @@ class Georeference:
         assert self.transform is not None
         x0, a, b, y0, d, e = self.transform
         x, y = x0 + a * col + b * row, y0 + d * col + e * row
-        if self._crs.IsGeographic():
-            degrees = math.degrees(self._crs.GetAngularUnits())
-            sign = -1.0 if self._longitude_is_west() else 1.0
+        if self.crs.IsGeographic():
+            degrees = math.degrees(self.crs.GetAngularUnits())
+            sign = -1.0 if self.longitude_is_west() else 1.0
             lon, lat = sign * x * degrees, y * degrees
-            if not self._latitude_is_planetocentric():
+            if not self.latitude_is_planetocentric():
                 lat = self._planetocentric(lat)
         else:
             points = self._to_geodetic.TransformPoints(np.stack([x.ravel(), y.ravel()], axis=1).tolist())
@@ -109,19 +110,45 @@ class Georeference:
         return lon, np.where(good, lat, np.nan)
 
     def _planetocentric(self, geodetic: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        inverse = self._crs.GetInvFlattening()
+        inverse = self.crs.GetInvFlattening()
         if not inverse:
             return geodetic
         ratio = (1.0 - 1.0 / inverse) ** 2
         angle = np.radians(geodetic)
         return np.degrees(np.arctan2(ratio * np.sin(angle), np.cos(angle)))
 
-    def _longitude_is_west(self) -> bool:
+    def longitude_is_west(self) -> bool:
+        """Returns whether longitudes of a geographic CRS grow to the west."""
         osr = require("osgeo.osr", "prep")
-        return any(self._crs.GetAxisOrientation(None, axis) == osr.OAO_West for axis in (0, 1))
+        return any(self.crs.GetAxisOrientation(None, axis) == osr.OAO_West for axis in (0, 1))
 
-    def _latitude_is_planetocentric(self) -> bool:
-        return any("planetocentric" in (self._crs.GetAxisName(None, axis) or "").lower() for axis in (0, 1))
+    def latitude_is_planetocentric(self) -> bool:
+        """Returns whether the axes say that latitudes are planetocentric."""
+        return any("planetocentric" in (self.crs.GetAxisName(None, axis) or "").lower() for axis in (0, 1))
+
+
+def require_mars(crs: Any, what: str, name: str, fix: str) -> None:
+    """Checks by its semi-major axis that a CRS is one of Mars.
+
+    Args:
+        crs: OSR spatial reference.
+        what: What has the CRS, for the message: `product`, `vector file`.
+        name: Its name.
+        fix: What the user can do.
+
+    Raises:
+        DataError: The CRS is Earth's or another body's.
+    """
+    radius = float(crs.GetSemiMajor())
+    if _MARS_SEMI_MAJOR_M[0] <= radius <= _MARS_SEMI_MAJOR_M[1]:
+        return
+    on_earth = _EARTH_SEMI_MAJOR_M[0] <= radius <= _EARTH_SEMI_MAJOR_M[1]
+    raise DataError(
+        f"this {what} is on Earth" if on_earth else f"this {what} is not on Mars",
+        seen=f"{name}: CRS {crs.GetName()!r} with semi-major axis {radius / 1000:.1f} km",
+        rule="a Mars CRS has a semi-major axis of 3365 to 3405 km",
+        fix=fix,
+    )
 
 
 def read_georeference(dataset: Any, name: str, messages: Sequence[str] = ()) -> tuple[Georeference, list[str]]:
@@ -142,15 +169,9 @@ def read_georeference(dataset: Any, name: str, messages: Sequence[str] = ()) -> 
     transform = dataset.GetGeoTransform(can_return_null=True)
     if crs is None or transform is None or not (crs.IsProjected() or crs.IsGeographic()):
         return Georeference(), []
-    radius = float(crs.GetSemiMajor())
-    if not _MARS_SEMI_MAJOR_M[0] <= radius <= _MARS_SEMI_MAJOR_M[1]:
-        on_earth = _EARTH_SEMI_MAJOR_M[0] <= radius <= _EARTH_SEMI_MAJOR_M[1]
-        raise DataError(
-            "this product is on Earth" if on_earth else "this product is not on Mars",
-            seen=f"{name}: CRS {crs.GetName()!r} with semi-major axis {radius / 1000:.1f} km",
-            rule="a Mars CRS has a semi-major axis of 3365 to 3405 km",
-            fix="set the product's own Mars CRS (gdal_edit.py -a_srs IAU_2015:49900 ...), or leave it out",
-        )
+    require_mars(
+        crs, "product", name, "set the product's own Mars CRS (gdal_edit.py -a_srs IAU_2015:49900 ...), or leave it out"
+    )
     crs, notes = _mended_parallel(crs)
     georeference = Georeference(crs.ExportToWkt(), tuple(float(value) for value in transform))
     middle = (np.array([dataset.RasterXSize / 2]), np.array([dataset.RasterYSize / 2]))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from momo.errors import DataError
 from momo.extras import require
 
-from .georeference import _EARTH_SEMI_MAJOR_M, _MARS_SEMI_MAJOR_M, Georeference
+from .georeference import Georeference, require_mars
 
 Floats = npt.NDArray[np.float64]
 _UNIT_PIXELS = (0.0, 1.0, 0.0, 0.0, 0.0, 1.0)  # a geotransform that leaves coordinates as they are
@@ -45,7 +45,7 @@ class Frame:
         """Step along x that leads round Mars to the same ground; None when there is no such step."""
         if not self.wkt:
             return 360.0
-        crs = self._georeference._crs
+        crs = self._georeference.crs
         if crs.IsGeographic():
             return 360.0 / float(np.degrees(crs.GetAngularUnits()))
         if "equirectangular" not in (crs.GetAttrValue("PROJECTION") or "").lower():
@@ -59,7 +59,7 @@ class Frame:
         if self.wkt and not self.named_centric:
             return self._georeference.lonlat(x, y)
         if self.named_centric:
-            degrees = math.degrees(self._georeference._crs.GetAngularUnits())
+            degrees = math.degrees(self._georeference.crs.GetAngularUnits())
             x, y = x * degrees, y * degrees
         return (x + 180.0) % 360.0 - 180.0, y
 
@@ -67,11 +67,11 @@ class Frame:
         """Returns the file's coordinates of planetocentric degrees; not finite where the projection has no place."""
         if not self.wkt:
             return lon_N, lat_N
-        crs = self._georeference._crs
+        crs = self._georeference.crs
         if crs.IsGeographic():
             degrees = float(np.degrees(crs.GetAngularUnits()))
-            sign = -1.0 if self._georeference._longitude_is_west() else 1.0
-            if not (self.named_centric or self._georeference._latitude_is_planetocentric()):
+            sign = -1.0 if self._georeference.longitude_is_west() else 1.0
+            if not (self.named_centric or self._georeference.latitude_is_planetocentric()):
                 lat_N = self._geodetic(lat_N)
             return sign * lon_N / degrees, lat_N / degrees
         points_N2 = np.stack([lon_N, self._geodetic(lat_N)], axis=1)
@@ -85,14 +85,14 @@ class Frame:
 
     @cached_property
     def _from_geodetic(self) -> Any:
-        osr, crs = require("osgeo.osr", "prep"), self._georeference._crs
+        osr, crs = require("osgeo.osr", "prep"), self._georeference.crs
         own = osr.SpatialReference()
         own.SetGeogCS("own", "own", "own", crs.GetSemiMajor(), crs.GetInvFlattening())
         own.SetAxisMappingStrategy(osr.OAMS_TRADITIONAL_GIS_ORDER)
         return osr.CoordinateTransformation(own, crs)
 
     def _geodetic(self, planetocentric: Floats) -> Floats:
-        inverse = self._georeference._crs.GetInvFlattening()
+        inverse = self._georeference.crs.GetInvFlattening()
         if not inverse:
             return planetocentric
         angle = np.radians(planetocentric)
@@ -309,28 +309,20 @@ def _frame(layer: Any, path: str, driver: str, geometries: Sequence[Any]) -> tup
         known = False  # GDAL says Earth's WGS 84 for every GeoJSON file without a CRS
     if not known:
         return Frame(), [_require_degrees(path, geometries)]
-    radius = float(crs.GetSemiMajor())
-    if not _MARS_SEMI_MAJOR_M[0] <= radius <= _MARS_SEMI_MAJOR_M[1]:
-        on_earth = _EARTH_SEMI_MAJOR_M[0] <= radius <= _EARTH_SEMI_MAJOR_M[1]
-        raise DataError(
-            "this vector file is on Earth" if on_earth else "this vector file is not on Mars",
-            seen=f"{path}: CRS {crs.GetName()!r} with semi-major axis {radius / 1000:.1f} km",
-            rule="a Mars CRS has a semi-major axis of 3365 to 3405 km",
-            fix="give it its own Mars CRS (ogr2ogr -a_srs IAU_2015:49900 ...)",
-        )
+    require_mars(crs, "vector file", path, "give it its own Mars CRS (ogr2ogr -a_srs IAU_2015:49900 ...)")
     return _as_named(Frame(crs.ExportToWkt()), path)
 
 
 def _as_named(frame: Frame, path: str) -> tuple[Frame, list[str]]:
     """Takes latitudes as the name of the CRS says: shapefiles and GeoJSON keep the name, but not what the axes are."""
-    crs = frame._georeference._crs
+    crs = frame._georeference.crs
     name = str(crs.GetName())
-    if not crs.IsGeographic() or not crs.GetInvFlattening() or frame._georeference._latitude_is_planetocentric():
+    if not crs.IsGeographic() or not crs.GetInvFlattening() or frame._georeference.latitude_is_planetocentric():
         return frame, []
     if re.search(r"(planet|areo|(?<![a-z]))ocentric", name.lower()):
         note = f"{path}: its latitudes are taken as planetocentric, as the name of its CRS says ({name})"
         return Frame(frame.wkt, named_centric=True), [note]
-    if re.search(r"(planet|areo|(?<![a-z]))ographic", name.lower()) and not frame._georeference._longitude_is_west():
+    if re.search(r"(planet|areo|(?<![a-z]))ographic", name.lower()) and not frame._georeference.longitude_is_west():
         return frame, [f"{path}: its longitudes are taken as east positive, though its CRS is named {name}"]
     return frame, []
 

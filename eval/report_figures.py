@@ -10,12 +10,12 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from momo.extras import require
+from momo.pages import Picture
 from momo.sensors import SENSORS, sensor_colour
 
 from .report_inputs import Run, Selection, ValPoint, run_of_pick, with_error
@@ -27,25 +27,6 @@ INK, FAINT, GRID = "#22262b", "#6b737c", "#e3e6e9"
 _SENSOR_STYLES = ("-", (0, (6, 1.5)), (0, (5, 1.5, 1.2, 1.5)))
 BEST_COLOUR, TIED_COLOUR, REST_COLOUR = "#B0431E", "#56718a", "#9aa3ab"
 DPI = 200
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image of the page.
-
-    Attributes:
-        name: File name without suffix, unique on the page.
-        png: The bytes.
-        alt: What it shows, for those who do not see it.
-        caption: Line under it.
-        width: Shown width at most, CSS pixels.
-    """
-
-    name: str
-    png: bytes
-    alt: str
-    caption: str = ""
-    width: int = 460
 
 
 def _sensor_style(sensor: str) -> Any:
@@ -235,6 +216,7 @@ def run_plot(run: Run) -> Picture:
         f"lowest, {best.loss:.3f}, at {best.samples} samples",
         caption=f"{run.name}: lowest validation loss {with_error(best.loss, best.stderr)} "
         f"at {best.samples:,} samples, {best.count} tiles scored.",
+        width=460,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from momo.extras import require
+from momo.pages import Picture, page_style, template_environment, tidy_markdown
 from momo.sensors import sensor_colour
 from momo.version import __version__
 
 from .report_commands import Command
-from .report_figures import Picture
 from .report_images import Gallery, montage
 from .report_inputs import Selection
 from .report_provenance import Table
@@ -125,44 +123,21 @@ class Page:
         return {plot.name: plot.png for plot in plots} | {gallery.name: montage(gallery) for gallery in galleries}
 
 
-def data_uri(png: bytes) -> str:
-    """Returns an image as text that stands in the page itself."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def markdown_cell(text: Any) -> str:
-    """Makes a text safe inside a Markdown table cell, heading or alt text."""
-    escaped = str(text).replace("\\", "\\\\")
-    for mark in "|*_[]<>`":
-        escaped = escaped.replace(mark, "\\" + mark)
-    return " ".join(escaped.split())
-
-
 def _environment(*, html: bool) -> Any:
-    jinja2 = require("jinja2", "eval")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=html,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(data_uri=data_uri, colour=sensor_colour, cell=markdown_cell, signed=signed)
-    return environment
+    return template_environment(TEMPLATES, "eval", html=html, colour=sensor_colour, signed=signed)
 
 
 def render_html(page: Page) -> str:
     """Returns the page as one HTML document that needs nothing beside it."""
     environment = _environment(html=True)
-    css = require("markupsafe", "eval").Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    css = page_style(TEMPLATES / "report.css", "eval")
     return str(environment.get_template("report.html.j2").render(page=page, css=css))
 
 
 def render_markdown(page: Page) -> str:
     """Returns the page as Markdown; its figures lie in `figures/`."""
     text = str(_environment(html=False).get_template("report.md.j2").render(page=page))
-    lines = [line.rstrip() for line in text.split("\n")]
-    kept = [line for number, line in enumerate(lines) if line or (number and lines[number - 1])]
-    return "\n".join(kept).strip("\n") + "\n"
+    return tidy_markdown(text)
 
 
 def write_page(page: Page, folder: Path) -> None:
