@@ -19,7 +19,7 @@ from .config import PrepConfig
 from .products import Product, inspect
 from .resample import resampled
 from .sources import Source, described_by_labels, find_sources
-from .tiling import short_reason
+from .tiling import as_data_error, short_reason
 
 Report = Callable[[str], None]
 _SAID = 20  # failures told as they come
@@ -62,8 +62,10 @@ def _inspect(config: PrepConfig, source: Source) -> Product | MomoError:
         if config.resample.gsd_m is not None:
             product = resampled(product, config.resample.gsd_m, config.resample.kernel)
         return product
-    except DataError as error:
-        return error
+    except Exception as error:
+        if isinstance(error, ConfigError):  # it concerns every product
+            raise
+        return as_data_error(error, source)
 
 
 def _settings(config: PrepConfig, source: Source) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from .planning import Plan, make_plan
 from .products import Product, gdal_module
 from .progress import Progress, report_drops, report_products, report_totals
 from .shards import TableFile, write_manifest
-from .sources import Source
 from .split import cell_order
 from .statistics import PixelStatistics
 from .strata import units_at
@@ -89,8 +88,9 @@ def prep(config: PrepConfig, report: Report = print) -> PrepResult:
     work = Path(config.work).absolute() if config.work else out.with_name(f"{out.name}.work")
     failures = Failures(config.on_error, report)
     sources = sources_of(config, failures, report)
-    inputs = _inputs(config, sources)
-    done = _done(out, inputs)
+    command = sha256_json(_command(config))
+    inputs = sha256_json([command, [source.identity() for source in sources]])
+    done = _done(out, command, inputs)
     if done is not None and not done.failures:
         report(f"{out} is complete already: {sum(done.splits.values())} tiles; nothing to do")
         return PrepResult(Path(config.out), [])
@@ -106,7 +106,8 @@ def prep(config: PrepConfig, report: Report = print) -> PrepResult:
         _refuse_nothing(ready, failures)
         plan = make_plan(tile_table(ready, config), config, settings.order)
         report_drops(plan, report)
-        manifest = _assemble(folder, ready, plan, config, settings, sensor, workers, failures, inputs, report)
+        notes = {"command": command, "inputs": inputs}
+        manifest = _assemble(folder, ready, plan, config, settings, sensor, workers, failures, notes, report)
     report_totals(manifest, Path(config.out), len(ready), len(failures.listed), time.perf_counter() - started, report)
     if failures.listed:
         report(f"  kept {work}: when they are mended, the same command redoes these products only")
@@ -134,16 +135,18 @@ def _remove_work(work: Path, ready: list[Ready], own: bool) -> None:
             folder.rmdir()
 
 
-def _inputs(config: PrepConfig, sources: list[Source]) -> str:
-    """Returns a hash of what the corpus is made from; how the work is spread does not count."""
+def _command(config: PrepConfig) -> dict[str, Any]:
+    """Returns the settings that decide what the corpus is; how the work is spread does not count."""
     settings = to_dict(config)
     for key in ("out", "workers", "scheduler", "slurm", "work", "on_error"):
         settings.pop(key)
-    return sha256_json([FORMAT_VERSION, settings, [source.identity() for source in sources]])
+    return settings | {"format_version": FORMAT_VERSION}
 
 
-def _done(out: Path, inputs: str) -> Manifest | None:
+def _done(out: Path, command: str, inputs: str) -> Manifest | None:
     """Returns the manifest of an output that this very command made, or None when there is no output.
+
+    Files may have changed since only when some failed: the same command is the way to do those again.
 
     Raises:
         DataError: The output is something else.
@@ -152,8 +155,9 @@ def _done(out: Path, inputs: str) -> Manifest | None:
         return None
     try:
         fields = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-        if fields["prep"]["inputs"] == inputs:
-            return Manifest(**fields)
+        manifest = Manifest(**fields)
+        if manifest.prep["inputs"] == inputs or (manifest.failures and manifest.prep["command"] == command):
+            return manifest
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise DataError(
@@ -245,7 +249,7 @@ def _assemble(
     sensor: str,
     workers: Workers,
     failures: Failures,
-    inputs: str,
+    notes: dict[str, str],
     report: Report,
 ) -> Manifest:
     (folder / "shards").mkdir()
@@ -271,7 +275,7 @@ def _assemble(
         fields={
             "sensor": sensor, "tile_size": config.tile_size, "dtype": settings.dtype, "codec": config.codec,
             "synthetic": config.synthetic, "products": len(ready), "healpix_order": settings.order,
-            "mixed_units": mixed, "prep": to_dict(config) | {"inputs": inputs}, "failures": failures.listed,
+            "mixed_units": mixed, "prep": to_dict(config) | notes, "failures": failures.listed,
             "licence": config.licence,
         },
     )  # fmt: skip

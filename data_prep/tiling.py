@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from momo.codecs import encode_mask, encode_tile
-from momo.errors import DataError, MomoError
+from momo.errors import ConfigError, DataError, MomoError
 from momo.files import atomic_folder
 
 from .contact_sheet import Example, thumbnail
@@ -87,7 +88,10 @@ def cut(product: Product, settings: CutSettings, work: Path) -> Cut:
             return Cut(folder, info.damage, _damage(info, product), 0.0, info)
         with atomic_folder(folder) as partial:
             info = _cut_into(partial, product, settings)
-    except DataError as error:
+    except Exception as error:
+        if isinstance(error, ConfigError):  # it concerns every product
+            raise
+        error = as_data_error(error, product.source)
         return Cut(None, short_reason(error, product.source), error, time.perf_counter() - started)
     return Cut(folder, info.damage, _damage(info, product), time.perf_counter() - started, info)
 
@@ -97,6 +101,18 @@ def _damage(info: PieceInfo, product: Product) -> DataError | None:
         return None
     return DataError(
         info.damage, seen=product.source.display, fix="fetch it again and compare its checksum, or set on_error=skip"
+    )
+
+
+def as_data_error(error: Exception, source: Source) -> DataError:
+    """Returns any error as one of its product: a bug met in one must neither stop the others nor be hidden."""
+    if isinstance(error, DataError):
+        return error
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return DataError(
+        "an unexpected error, a bug in momo",
+        seen=f"{source.display}: {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})",
+        fix="please report it with the product's name",
     )
 
 

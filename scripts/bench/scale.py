@@ -116,7 +116,7 @@ def run_at(queue: Any, tiles: int) -> None:
         out.mkdir()
         settings = run._cut_settings(config, products)
         failures = run.Failures("stop", print)
-        run._assemble(out, ready, plan, config, settings, "CTX", cluster._Here(), failures, "bench", lambda line: None)
+        run._assemble(out, ready, plan, config, settings, "CTX", cluster._Here(), failures, {}, lambda line: None)
         assembled = time.perf_counter()
         peak = peak_mb()
         corpus = Corpus(out)

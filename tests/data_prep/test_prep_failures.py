@@ -90,6 +90,28 @@ def test_the_same_command_again_redoes_failures_only(tmp_path, monkeypatch):
     assert prep(config_of(str(tmp_path / "in"), tmp_path / "out", on_error="skip"), report=print).failures
     with pytest.raises(DataError, match="the output exists already"):
         run(str(tmp_path / "in"), tmp_path / "out", on_error="skip", stride=16)
+    write_raster(tmp_path / "in" / "b.tif", ground(seed=1), **LOCATED)
+    mended = prep(config, report=lambda line: None)
+    assert mended.exit_code == 0 and cuts == ["b"] and Corpus(mended.path).manifest.products == 2
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_an_unexpected_error_is_a_failure_of_its_product(tmp_path, monkeypatch):
+    for name in "ab":
+        write_raster(tmp_path / f"{name}.tif", ground(seed=ord(name)), **LOCATED)
+    original = tiling._cut_into
+
+    def broken(folder, product, settings):
+        if product.key == "a":
+            raise ZeroDivisionError("by zero")
+        return original(folder, product, settings)
+
+    monkeypatch.setattr(tiling, "_cut_into", broken)
+    corpus, text = run(str(tmp_path / "*.tif"), tmp_path / "out", on_error="skip")
+    assert [entry["product_id"] for entry in products_of(corpus)] == ["b"]
+    assert "FAILED a.tif: an unexpected error, a bug in momo: ZeroDivisionError: by zero" in text
+    with pytest.raises(DataError, match="an unexpected error, a bug in momo: a.tif: ZeroDivisionError"):
+        run(str(tmp_path / "*.tif"), tmp_path / "stop")
 
 
 def test_a_complete_corpus_is_left_alone(tmp_path):
