@@ -50,10 +50,17 @@ class ProductRule:
     gsd_m: float | None = option(None, "metres a pixel, used where the product has no georeference")
     product_id: str | None = option(None, "product id instead of the label's")
     acquired: str | None = option(None, "acquisition time instead of the label's, ISO 8601")
+    incidence_deg: float | None = option(None, "solar incidence instead of the label's, degrees 0..180")
+    emission_deg: float | None = option(None, "emission angle instead of the label's, degrees 0..180")
+    phase_deg: float | None = option(None, "phase angle instead of the label's, degrees 0..180")
+    sub_solar_azimuth_deg: float | None = option(None, "sub-solar azimuth instead of the label's, degrees -360..360")
     licence: str | None = option(None, "SPDX identifier")
 
     def __post_init__(self) -> None:
         self.nodata = as_values("rules.nodata", self.nodata)
+        within(0.0, 180.0, rules__incidence_deg=self.incidence_deg, rules__emission_deg=self.emission_deg)
+        within(0.0, 180.0, rules__phase_deg=self.phase_deg)
+        within(-360.0, 360.0, rules__sub_solar_azimuth_deg=self.sub_solar_azimuth_deg)
         if self.band is not None:
             positive(rules__band=self.band)
         if self.gsd_m is not None:

@@ -22,6 +22,7 @@ from .sources import Source, described_by_labels, find_sources
 from .tiling import as_data_error, short_reason
 
 Report = Callable[[str], None]
+_GEOMETRY = ("incidence_deg", "emission_deg", "phase_deg", "sub_solar_azimuth_deg")
 _SAID = 20  # failures told as they come
 
 
@@ -58,7 +59,11 @@ class Failures:
 def _inspect(config: PrepConfig, source: Source) -> Product | MomoError:
     """The task of one worker; errors travel back as results."""
     try:
-        product = inspect(source, **_settings(config, source))
+        settings = _settings(config, source)
+        seen = {key: settings.pop(key) for key in _GEOMETRY}
+        product = inspect(source, **settings)
+        given = {key: value for key, value in seen.items() if value is not None}
+        product = dataclasses.replace(product, observation=dataclasses.replace(product.observation, **given))
         if config.resample.gsd_m is not None:
             product = resampled(product, config.resample.gsd_m, config.resample.kernel)
         return product
@@ -71,7 +76,7 @@ def _inspect(config: PrepConfig, source: Source) -> Product | MomoError:
 def _settings(config: PrepConfig, source: Source) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "band": config.band, "nodata": config.nodata, "gsd_m": config.gsd_m, "licence": config.licence,
-        "collar": config.collar, "product_id": None, "acquired": None,
+        "collar": config.collar, "product_id": None, "acquired": None, **dict.fromkeys(_GEOMETRY),
     }  # fmt: skip
     for rule in config.rules:
         if fnmatch.fnmatchcase(source.display, rule.match):

@@ -213,7 +213,7 @@ def test_rules_set_band_nodata_gsd_and_licence_by_name(tmp_path):
     write_raster(tmp_path / "one.tif", ground(64, 64, seed=2))
     rules = [
         {"match": "two*", "band": 2, "nodata": 0, "gsd_m": 7.5, "licence": "CC-BY-4.0", "product_id": "T",
-         "acquired": "2007-01-02T03:04:05"},
+         "acquired": "2007-01-02T03:04:05", "incidence_deg": 61.5},
         {"match": "x*", "band": 9},
     ]  # fmt: skip
     config = load_config(PrepConfig, None, [f"products=[{tmp_path}/*.tif]", f"out={tmp_path}/out", "sensor=ctx",
@@ -224,6 +224,7 @@ def test_rules_set_band_nodata_gsd_and_licence_by_name(tmp_path):
     one, two = products_of(corpus)
     assert (two["band"], two["gsd_m"], two["licence"]) == (2, 7.5, "CC-BY-4.0")
     assert (two["product_id"], two["acquired"]) == ("T", "2007-01-02T03:04:05")
+    assert two["incidence_deg"] == 61.5 and np.isnan(two["phase_deg"]) and np.isnan(one["incidence_deg"])
     assert (one["band"], one["licence"]) == (1, "unknown") and np.isnan(one["gsd_m"])
     assert sum(not tile.valid_HW.all() for tile in tiles(corpus)) == 2
     assert any("rule 'x*' matches no product" in line for line in lines)
@@ -293,6 +294,7 @@ def test_forced_block_is_said(tmp_path):
      ({"nodata": "black"}, "nodata cannot be read: 'black'"), ({"collar": "on"}, "collar has an unknown value"),
      ({"on_error": "ignore"}, "on_error has an unknown value"), ({"products": []}, "products is empty"),
      ({"products": 3}, "products cannot be read"), ({"tile_size": 0}, "tile_size is out of range"),
+     ({"rules": [{"match": "a", "incidence_deg": 200}]}, "rules.incidence_deg is out of range: 200"),
      ({"codec": "jpeg"}, "codec has an unknown value"), ({"workers": 0}, "workers is out of range"),
      ({"resample": {"kernel": "magic"}}, "resample.kernel has an unknown"),
      ({"resample": {"gsd_m": -1}}, "resample.gsd_m is out of range"),
