@@ -223,6 +223,7 @@ class PrepConfig:
     scheduler: str | None = option(None, "address of a running Dask scheduler, for example tcp://node1:8786")
     slurm: SlurmConfig = option(SlurmConfig)
     work: str | None = option(None, "folder of finished products, kept until the corpus is whole; null: beside out")
+    keep_work: bool = option(False, "keep it after that: another split or sampling then cuts nothing again")
 
     def __post_init__(self) -> None:
         if isinstance(self.products, str):

@@ -111,7 +111,7 @@ def prep(config: PrepConfig, report: Report = print) -> PrepResult:
     report_totals(manifest, Path(config.out), len(ready), len(failures.listed), time.perf_counter() - started, report)
     if failures.listed:
         report(f"  kept {work}: when they are mended, the same command redoes these products only")
-    else:
+    elif not config.keep_work:
         _remove_work(work, ready, own=config.work is None)
     return PrepResult(Path(config.out), failures.listed)
 
@@ -138,7 +138,7 @@ def _remove_work(work: Path, ready: list[Ready], own: bool) -> None:
 def _command(config: PrepConfig) -> dict[str, Any]:
     """Returns the settings that decide what the corpus is; how the work is spread does not count."""
     settings = to_dict(config)
-    for key in ("out", "workers", "scheduler", "slurm", "work", "on_error"):
+    for key in ("out", "workers", "scheduler", "slurm", "work", "keep_work", "on_error"):
         settings.pop(key)
     return settings | {"format_version": FORMAT_VERSION}
 
