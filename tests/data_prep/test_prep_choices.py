@@ -100,3 +100,19 @@ def test_another_split_or_sampling_cuts_nothing_again(tmp_path, monkeypatch):
     assert len(index(second)) < len(index(first)) and first.manifest.fingerprint != second.manifest.fingerprint
     run(path, tmp_path / "c", work=work)
     assert not (tmp_path / "work").exists()
+
+
+def test_statistics_are_those_of_the_training_pixels_of_all_products(tmp_path):
+    for number, level in enumerate((0, 60, 120)):
+        image = (ground(seed=number, high=50) + level).astype(np.uint8)
+        image[:20, :9] = 0
+        write_raster(tmp_path / f"p{number}.tif", image, nodata=0, scale=0.5, offset=-3.0)
+    corpus, _ = run(str(tmp_path / "*.tif"), tmp_path / "out", split={"block_tiles": 1})
+    train = [corpus.read("train", n) for n in range(corpus.count("train"))]
+    pixels = np.concatenate([tile.value_HW[tile.valid_HW] for tile in train]).astype(np.float64)
+    assert corpus.stats["count"] == pixels.size and len({tile.meta["product_id"] for tile in train}) == 3
+    assert corpus.stats["mean"] == pytest.approx(pixels.mean(), rel=1e-9)
+    assert corpus.stats["std"] == pytest.approx(pixels.std(), rel=1e-9)
+    assert (corpus.stats["min"], corpus.stats["max"]) == (pixels.min(), pixels.max())
+    for share, value in corpus.stats["percentiles"].items():
+        assert value == pytest.approx(np.percentile(pixels, float(share)), abs=2.0), share
