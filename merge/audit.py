@@ -74,14 +74,21 @@ def _card_rows(parents: Sequence[Parent]) -> list[tuple[str, ...]]:
         cells = [str(parent.card.architecture.get(field, "missing")) for parent in parents]
         if len(set(cells)) > 1:
             rows.append((f"architecture {field}", *cells))
-    for label, cells in (
-        ("normalisation", [str(parent.card.normalisation.get("policy")) for parent in parents]),
-        ("objective", [_text(parent.card.objective) for parent in parents]),
-        ("contents", ["+".join(sorted(parent.card.contents)) for parent in parents]),
+    # A base made of foreign weights was trained by no momo: what it was fed and scored with says nothing here.
+    trained = [parent for parent in parents if not is_made(parent.card)]
+    for label, cells, compared in (
+        ("normalisation", [str(parent.card.normalisation.get("policy")) for parent in parents], trained),
+        ("objective", [_text(parent.card.objective) for parent in parents], trained),
+        ("contents", ["+".join(sorted(parent.card.contents)) for parent in parents], parents),
     ):
-        if len(set(cells)) > 1:
+        if len({cell for cell, parent in zip(cells, parents, strict=True) if parent in compared}) > 1:
             rows.append((label, *cells))
     return rows
+
+
+def is_made(card: Card) -> bool:
+    """Says whether weights come from `momo pretrain init` and not from training."""
+    return card.kind == "base" and (card.method or {}).get("name") == "init"
 
 
 def _text(fields: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from momo.errors import MergeError
 from momo.files import atomic_folder
 from momo.weights import Card, save_weights, weights_paths
 
-from .audit import Parent, audit, open_parent
+from .audit import Parent, audit, is_made, open_parent
 from .config import MergeConfig
 from .methods import METHODS
 from .selection import read_selection
@@ -104,13 +104,16 @@ def _merged_card(config: MergeConfig, base: Parent, checkpoints: Sequence[Parent
         used["coefficient"] = config.coefficient
     ordered = sorted(checkpoints, key=lambda parent: parent.name)
     sensors = [sensor for parent in ordered for sensor in parent.card.sensors]
-    normalisation = base.card.normalisation if len(sensors) > 1 else ordered[0].card.normalisation
+    trained = ordered[0].card if is_made(base.card) else base.card
+    normalisation = trained.normalisation if len(sensors) > 1 else ordered[0].card.normalisation
+    if len(sensors) > 1:
+        normalisation = normalisation | {"mean": None, "std": None}
     return Card(
         kind="merged",
         architecture=base.card.architecture,
         contents=base.card.contents,
         normalisation=normalisation,
-        objective=base.card.objective,
+        objective=trained.objective,
         sensors=sensors,
         data_fingerprints={k: v for parent in ordered for k, v in parent.card.data_fingerprints.items()},
         synthetic=any(parent.card.synthetic for parent in (base, *ordered)),

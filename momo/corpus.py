@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .codecs import MASK_SUFFIX, TILE_SUFFIX, decode_mask, decode_tile
 from .corpus_format import (
     FORMAT_VERSION,
     INDEX_COLUMNS,
@@ -24,11 +19,23 @@ from .corpus_format import (
     ShardEntry,
     fingerprint,
 )
-from .corpus_index import IndexRows, StoredStatistics, read_index
+from .corpus_index import IndexRows, Places, StoredStatistics, read_index, read_keys
 from .errors import DataError
 from .extras import require
-from .manifest import check_files, read_json, read_manifest
+from .manifest import check_files, open_table, read_json, read_manifest
+from .pipes import ShardBuffer
 from .samples import split_sample
+from .stores import Bytes, Patience, Run, open_store
+from .tiles import (
+    DecodedBatch,
+    StoredBatch,
+    StoredTile,
+    Tile,
+    Unreadable,
+    decode_sample,
+    decoded_mask,
+    decoded_tile,
+)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -36,103 +43,73 @@ __all__ = [
     "PRODUCT_COLUMNS",
     "SPLITS",
     "Corpus",
+    "DecodedBatch",
     "Manifest",
     "ShardEntry",
     "StoredBatch",
     "StoredStatistics",
     "StoredTile",
     "Tile",
+    "Unreadable",
     "fingerprint",
     "read_manifest",
 ]
 
-_OPEN_FILES = 256  # a process may often have 1024; a corpus of millions of tiles has more shards than that
 _RUN_BYTES = 8 << 20
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One decoded tile.
-
-    Attributes:
-        key: Unique key.
-        value_HW: float32 in physical units.
-        valid_HW: True where the pixel was measured.
-        meta: The sample's JSON.
-    """
-
-    key: str
-    value_HW: npt.NDArray[np.float32]
-    valid_HW: npt.NDArray[np.bool_]
-    meta: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class StoredTile:
-    """One tile as it is stored; `momo.normalise` makes network input of it.
-
-    Attributes:
-        key: Unique key.
-        stored_HW: uint8 or uint16.
-        valid_HW: True where the pixel was measured; None when every pixel was.
-        product_id: Product it was cut from.
-        statistics: What scales it.
-    """
-
-    key: str
-    stored_HW: npt.NDArray[Any]
-    valid_HW: npt.NDArray[np.bool_] | None
-    product_id: str
-    statistics: StoredStatistics
-
-    @property
-    def valid(self) -> npt.NDArray[np.bool_]:
-        """True where the pixel was measured, (H, W)."""
-        return np.ones(self.stored_HW.shape, dtype=np.bool_) if self.valid_HW is None else self.valid_HW
-
-    @property
-    def value_HW(self) -> npt.NDArray[np.float32]:
-        """float32 in physical units."""
-        return _physical(self.stored_HW, self.statistics.scale, self.statistics.offset_value)
-
-
-@dataclass(frozen=True)
-class StoredBatch:
-    """Tiles as they are stored, in the order they were asked for.
-
-    Attributes:
-        keys: Unique keys.
-        stored_BHW: uint8 or uint16, one contiguous array.
-        valid_BHW: True where the pixel was measured; None when every pixel was.
-        product_ids: Products they were cut from.
-        statistics: What scales them.
-    """
-
-    keys: list[str]
-    stored_BHW: npt.NDArray[Any]
-    valid_BHW: npt.NDArray[np.bool_] | None
-    product_ids: list[str]
-    statistics: StoredStatistics
-
-
 class Corpus:
-    """A corpus on disk, read tile by tile at any position.
+    """A corpus, read tile by tile at any position; threads may share it.
 
-    The index is read at the first tile and takes about 30 bytes a tile.
+    The index is read at the first tile and takes about 30 bytes a tile. It stays behind when a corpus is pickled.
 
     Args:
-        path: Corpus folder.
-        verify: Compare every shard's and table's SHA-256 with the manifest; sizes of shards are always compared.
+        path: Corpus folder, or URL of one (see `momo.stores`).
+        verify: Compare every shard's and table's SHA-256 with the manifest; sizes of shards are always compared. Of a
+            remote corpus only what is fetched whole is compared, when it is; `notes` says so.
+        pipe: Command that writes a shard to its output, see `momo.stores.PipeStore`.
+        buffer: Where shards that come whole are kept; several corpora may share one.
+        patience: How long remote reads are tried.
 
     Raises:
         DataError: The folder is no corpus, is incomplete, or a file was altered.
+        ConfigError: The URL's protocol is unknown or its package is not installed.
     """
 
-    def __init__(self, path: Path, *, verify: bool = False) -> None:
-        self.path = Path(path)
-        self.manifest = read_manifest(self.path)
-        check_files(self.path, self.manifest, hashes=verify)
-        self._files: OrderedDict[int, _File] = OrderedDict()
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        verify: bool = False,
+        pipe: str | None = None,
+        buffer: ShardBuffer | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        self.store = open_store(path, pipe=pipe, buffer=buffer, patience=patience)
+        self.manifest = read_manifest(self.store)
+        unchecked = check_files(self.store, self.manifest, hashes=verify)
+        self.notes = [line for line in (self.store.note, *(unchecked if verify else ())) if line]
+
+    @property
+    def location(self) -> str:
+        """Folder or URL."""
+        return self.store.location
+
+    @property
+    def path(self) -> Path:
+        """Corpus folder.
+
+        Raises:
+            DataError: The corpus is not on this machine.
+        """
+        if self.store.folder is None:
+            raise DataError(
+                "the corpus is not on this machine",
+                seen=self.location,
+                rule="this step reads other files than tiles and tables",
+                fix="copy the corpus to a folder",
+            )
+        return self.store.folder
 
     @property
     def sensor(self) -> str:
@@ -142,24 +119,24 @@ class Corpus:
     @cached_property
     def stats(self) -> dict[str, Any]:
         """Statistics over valid training pixels: `mean`, `std`, `min`, `max`, `count`, `percentiles`."""
-        fields = read_json(self.path / "stats.json")
+        fields = read_json(self.store, "stats.json")
         if not isinstance(fields, dict):
-            raise DataError("the statistics cannot be read", seen=self.path / "stats.json", fix="run momo prep again")
+            seen = f"{self.location}/stats.json"
+            raise DataError("the statistics cannot be read", seen=seen, fix="run momo prep again")
         return fields
 
     @property
     def products(self) -> list[dict[str, Any]]:
         """The rows of products.parquet, read anew at each use; see `momo.corpus_format.PRODUCT_COLUMNS`."""
-        path = self.path / "products.parquet"
-        if not path.is_file():
-            raise DataError("a table of the corpus is missing", seen=path, fix="run momo prep again")
-        rows: list[dict[str, Any]] = require("pyarrow.parquet", "pretrain").read_table(path).to_pylist()
+        found = open_table(self.store, self.manifest, "products.parquet")
+        source = require("pyarrow", "pretrain").BufferReader(found) if isinstance(found, bytes) else found
+        rows: list[dict[str, Any]] = require("pyarrow.parquet", "pretrain").read_table(source).to_pylist()
         return rows
 
     @cached_property
     def index(self) -> dict[str, IndexRows]:
         """The index by split, in shard order."""
-        return read_index(self.path, self.manifest)
+        return read_index(self.store, self.manifest)
 
     def count(self, split: str) -> int:
         """Returns the number of tiles of a split."""
@@ -173,12 +150,11 @@ class Corpus:
             position: 0 to `count(split) - 1`, in shard order.
 
         Raises:
-            DataError: The sample cannot be decoded; the message names shard and offset.
+            DataError: The sample cannot be read or decoded; the message names shard and offset.
         """
         shard, offset, nbytes = self.index[split].place(position)
-        raw = self._file(shard).read(offset, nbytes)
         try:
-            return decode_sample(raw, self.manifest)
+            return decode_sample(self._sample(shard, offset, nbytes), self.manifest)
         except ValueError as error:
             raise self._undecodable(shard, offset, error) from error
 
@@ -190,15 +166,14 @@ class Corpus:
             position: 0 to `count(split) - 1`, in shard order.
 
         Raises:
-            DataError: The sample cannot be decoded; the message names shard and offset.
+            DataError: The sample cannot be read or decoded; the message names shard and offset.
         """
         rows = self.index[split]
         shard, offset, nbytes = rows.place(position)
-        raw = self._file(shard).read(offset, nbytes)
         try:
-            key, members = split_sample(raw)
-            stored_HW = _decoded_tile(members, self.manifest)
-            valid_HW = _decoded_mask(members, self.manifest)
+            key, members = split_sample(self._sample(shard, offset, nbytes))
+            stored_HW = decoded_tile(members, self.manifest)
+            valid_HW = decoded_mask(members, self.manifest)
         except ValueError as error:
             raise self._undecodable(shard, offset, error) from error
         return StoredTile(key, stored_HW, valid_HW, rows.product[position], rows.statistics(position))
@@ -211,127 +186,100 @@ class Corpus:
             positions: Each 0 to `count(split) - 1`, in any order.
 
         Raises:
-            DataError: A sample cannot be decoded; the message names shard and offset.
+            DataError: A sample cannot be read or decoded; the message names shard and offset.
         """
-        rows, size = self.index[split], self.manifest.tile_size
+        rows = self.index[split]
         wanted = np.asarray(positions, dtype=np.int64)
-        stored_BHW = np.empty((len(wanted), size, size), dtype=self.manifest.dtype)
+        tiles = self.read_places(rows.places(wanted))
+        if tiles.unreadable:
+            raise tiles.unreadable[0].error
+        product_ids, statistics = rows.product[wanted].tolist(), rows.statistics_of(wanted)
+        return StoredBatch(tiles.keys, tiles.stored_BHW, tiles.valid_BHW, product_ids, statistics)
+
+    def read_places(self, places: Places) -> DecodedBatch:
+        """Reads and decodes tiles by their places, without the index; `read_batch` is the usual way.
+
+        Args:
+            places: From `IndexRows.places`, in any order.
+        """
+        size = self.manifest.tile_size
+        stored_BHW = np.empty((len(places), size, size), dtype=self.manifest.dtype)
         valid_BHW: npt.NDArray[np.bool_] | None = None
-        keys = [""] * len(wanted)
-        for slot, shard, offset, raw in self._samples(rows, wanted):
+        keys, unreadable = [""] * len(places), []
+        for slot, shard, offset, raw in self._samples(places):
+            mask_HW: npt.NDArray[np.bool_] | bool | None
             try:
-                keys[slot], members = split_sample(raw)
-                _decoded_tile(members, self.manifest, stored_BHW[slot])
-                if (mask_HW := _decoded_mask(members, self.manifest)) is not None:
-                    if valid_BHW is None:
-                        valid_BHW = np.ones(stored_BHW.shape, dtype=np.bool_)
-                    valid_BHW[slot] = mask_HW
-            except ValueError as error:
-                raise self._undecodable(shard, offset, error) from error
-        return StoredBatch(keys, stored_BHW, valid_BHW, rows.product[wanted].tolist(), rows.statistics_of(wanted))
+                if isinstance(raw, DataError):
+                    raise raw
+                key, members = split_sample(raw)
+                decoded_tile(members, self.manifest, stored_BHW[slot])
+                mask_HW = decoded_mask(members, self.manifest)
+                keys[slot] = key
+            except (ValueError, DataError) as error:
+                known = error if isinstance(error, DataError) else self._undecodable(shard, offset, error)
+                unreadable.append(Unreadable(slot, self.manifest.shards[shard].name, offset, known))
+                stored_BHW[slot], mask_HW = 0, False
+            if mask_HW is not None:
+                if valid_BHW is None:
+                    valid_BHW = np.ones(stored_BHW.shape, dtype=np.bool_)
+                valid_BHW[slot] = mask_HW
+        return DecodedBatch(keys, stored_BHW, valid_BHW, unreadable)
 
-    def _samples(
-        self, rows: IndexRows, wanted: npt.NDArray[np.int64]
-    ) -> Iterator[tuple[int, int, int, bytes | memoryview]]:
-        """Yields place in `wanted`, shard, offset and bytes of each sample, in the order of the shards."""
-        run: list[tuple[int, int, int, int]] = []
-        for slot in np.argsort(wanted, kind="stable").tolist():
-            shard, offset, nbytes = rows.place(wanted[slot])
-            follows = bool(run) and run[-1][1] == shard and run[-1][2] + run[-1][3] == offset
-            if run and (not follows or offset + nbytes - run[0][2] > _RUN_BYTES):
-                yield from self._read_run(run)
-                run = []
-            run.append((slot, shard, offset, nbytes))
-        if run:
-            yield from self._read_run(run)
+    def keys_at(self, places: Sequence[tuple[str, int]]) -> list[str]:
+        """Looks keys up in the index, for messages about tiles that cannot be read.
 
-    def _read_run(self, run: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, int, int, bytes | memoryview]]:
-        _, shard, start, _ = run[0]
-        raw = memoryview(self._file(shard).read(start, run[-1][2] + run[-1][3] - start))
-        for slot, _, offset, nbytes in run:
-            yield slot, shard, offset, raw[offset - start : offset - start + nbytes]
+        Args:
+            places: Shard file name and first byte of each sample.
+
+        Returns:
+            The keys; shard and byte where the index does not tell.
+        """
+        try:
+            found = read_keys(self.store, self.manifest, places)
+        except DataError:
+            found = {}
+        return [found.get(place, f"{place[0]} at byte {place[1]}") for place in places]
+
+    def _sample(self, shard: int, offset: int, nbytes: int) -> Bytes:
+        (raw,) = self.store.read([Run(self.manifest.shards[shard], offset, nbytes)])
+        if isinstance(raw, DataError):
+            raise raw
+        return raw
+
+    def _samples(self, places: Places) -> Iterator[tuple[int, int, int, Bytes | DataError]]:
+        """Yields slot, shard, offset and bytes of each sample, in the order of the shards."""
+        runs: list[list[tuple[int, int, int, int]]] = []
+        shards, offsets, sizes = places.shard.tolist(), places.offset.tolist(), places.nbytes.tolist()
+        end = 0
+        for slot in np.lexsort((places.offset, places.shard)).tolist():
+            shard, offset, nbytes = shards[slot], offsets[slot], sizes[slot]
+            near = bool(runs) and runs[-1][0][1] == shard and 0 <= offset - end <= self.store.gap
+            if not near or offset + nbytes - runs[-1][0][2] > _RUN_BYTES:
+                runs.append([])
+            runs[-1].append((slot, shard, offset, nbytes))
+            end = offset + nbytes
+        wanted = []
+        for run in runs:
+            (_, shard, first, _), (_, _, last, nbytes) = run[0], run[-1]
+            wanted.append(Run(self.manifest.shards[shard], first, last + nbytes - first))
+        for run, raw in zip(runs, self.store.read(wanted), strict=True):
+            if isinstance(raw, DataError) and len(run) > 1:
+                # One damaged end must not take its neighbours along.
+                yield from self._one_by_one(run)
+                continue
+            view, start = raw if isinstance(raw, DataError) else memoryview(raw), run[0][2]
+            for slot, shard, offset, nbytes in run:
+                part = view if isinstance(view, DataError) else view[offset - start : offset - start + nbytes]
+                yield slot, shard, offset, part
+
+    def _one_by_one(self, run: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, int, int, Bytes | DataError]]:
+        alone = [Run(self.manifest.shards[shard], offset, nbytes) for _, shard, offset, nbytes in run]
+        for (slot, shard, offset, _), raw in zip(run, self.store.read(alone), strict=True):
+            yield slot, shard, offset, raw
 
     def _undecodable(self, shard: int, offset: int, error: ValueError) -> DataError:
         where = f"{self.manifest.shards[shard].name} at byte {offset}"
         return DataError("a tile cannot be decoded", seen=f"{where}: {error}", fix="run momo prep verify on the corpus")
 
-    def _file(self, shard: int) -> _File:
-        file = self._files.get(shard)
-        if file is None:
-            file = self._files[shard] = _File(self.path / "shards" / self.manifest.shards[shard].name)
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)
-        return file
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}
-
-
-class _File:
-    """An open shard. Reading takes no file position, so a forked worker may go on with an inherited one."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = -1
-        self._path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise DataError("a shard cannot be opened", seen=f"{path}: {error.strerror}") from None
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        raw = os.pread(self._descriptor, nbytes, offset)
-        while len(raw) < nbytes:
-            more = os.pread(self._descriptor, nbytes - len(raw), offset + len(raw))
-            if not more:
-                raise DataError("a shard ends early", seen=f"{self._path} at byte {offset + len(raw)}")
-            raw += more
-        return raw
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-
-def decode_sample(raw: bytes, manifest: Manifest) -> Tile:
-    """Decodes the tar members of one sample into a tile.
-
-    Args:
-        raw: Bytes of all members of the sample.
-        manifest: Of the corpus the sample belongs to.
-
-    Raises:
-        ValueError: A member is missing or cannot be decoded.
-    """
-    key, members = split_sample(raw)
-    meta = json.loads(bytes(_member(members, "json")))
-    stored = _decoded_tile(members, manifest)
-    valid = _decoded_mask(members, manifest)
-    if valid is None:
-        valid = np.ones(stored.shape, dtype=bool)
-    try:
-        value = _physical(stored, float(meta["scale"]), float(meta["offset_value"]))
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"its JSON has no stretch: {error}") from None
-    return Tile(key, value, valid, meta)
-
-
-def _physical(stored_HW: npt.NDArray[Any], scale: float, offset_value: float) -> npt.NDArray[np.float32]:
-    return stored_HW.astype(np.float32) * np.float32(scale) + np.float32(offset_value)
-
-
-def _member(members: Mapping[str, memoryview], suffix: str) -> memoryview:
-    if suffix not in members:
-        raise ValueError(f"the sample has no {suffix}, only {', '.join(members)}")
-    return members[suffix]
-
-
-def _decoded_tile(
-    members: Mapping[str, memoryview], manifest: Manifest, out: npt.NDArray[Any] | None = None
-) -> npt.NDArray[Any]:
-    data = _member(members, TILE_SUFFIX[manifest.codec])
-    return decode_tile(data, manifest.codec, manifest.dtype, manifest.tile_size, out)
-
-
-def _decoded_mask(members: Mapping[str, memoryview], manifest: Manifest) -> npt.NDArray[np.bool_] | None:
-    data = members.get(MASK_SUFFIX[manifest.codec])
-    return None if data is None else decode_mask(data, manifest.codec, manifest.tile_size)
+        return {name: value for name, value in self.__dict__.items() if name != "index"}

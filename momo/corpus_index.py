@@ -6,9 +6,8 @@ smallest whole-number type that holds them, and text is a code into a short list
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ import numpy.typing as npt
 from .corpus_format import SPLITS, Manifest
 from .errors import DataError
 from .extras import require
+from .manifest import open_table
+from .stores import Store
 
 _BLOCK = 512  # members of a tar file begin and end at multiples of it
 _FIX = "run momo prep again"
@@ -66,6 +67,24 @@ class _Coded:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where B samples lie: all a reader needs to know of the index, and little to send to another process.
+
+    Attributes:
+        shard: Numbers of the shards in `Manifest.shards`, int64 (B,).
+        offset: First bytes, int64 (B,).
+        nbytes: Bytes, int64 (B,).
+    """
+
+    shard: npt.NDArray[np.int64]
+    offset: npt.NDArray[np.int64]
+    nbytes: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+
+@dataclass(frozen=True)
 class IndexRows:
     """The tiles of one split in shard order, one array entry a tile.
 
@@ -92,6 +111,13 @@ class IndexRows:
         """Returns shard number, first byte and number of bytes of a sample."""
         return int(self.shard[position]), int(self.block[position]) * _BLOCK, int(self.blocks[position]) * _BLOCK
 
+    def places(self, positions: npt.NDArray[np.integer[Any]]) -> Places:
+        """Returns where several samples lie."""
+        shard, block, blocks = (
+            np.asarray(column[positions], dtype=np.int64) for column in (self.shard, self.block, self.blocks)
+        )
+        return Places(shard, block * _BLOCK, blocks * _BLOCK)
+
     def statistics(self, position: int) -> StoredStatistics:
         """Returns the statistics of one tile as floats."""
         columns = {name: float(column[position]) for name, column in self.columns.items()}
@@ -111,11 +137,11 @@ class IndexRows:
         return sum(int(column.nbytes) for column in columns)
 
 
-def read_index(folder: Path, manifest: Manifest) -> dict[str, IndexRows]:
+def read_index(store: Store, manifest: Manifest) -> dict[str, IndexRows]:
     """Reads index.parquet and the percentiles of products.parquet.
 
     Args:
-        folder: The corpus folder.
+        store: Where the corpus is.
         manifest: Its manifest.
 
     Returns:
@@ -124,7 +150,7 @@ def read_index(folder: Path, manifest: Manifest) -> dict[str, IndexRows]:
     Raises:
         DataError: A table is missing or damaged, or contradicts the manifest.
     """
-    table = _Table(folder / "index.parquet")
+    table = _Table(store, manifest, "index.parquet")
     split = table.coded("split", SPLITS)
     shard = table.coded("shard", [entry.name for entry in manifest.shards])
     block, blocks = _blocks(table, shard, manifest)
@@ -134,7 +160,7 @@ def read_index(folder: Path, manifest: Manifest) -> dict[str, IndexRows]:
         _check_count(name, len(rows), manifest)
         rows_by_split[name] = rows[_shard_order(shard[rows], block[rows], table.path)]
     product = table.categories("product_id")
-    percentiles = _percentiles(folder / "products.parquet", product.values.tolist())
+    percentiles = _percentiles(_Table(store, manifest, "products.parquet"), product.values.tolist())
     # A column at a time: whole and shared out among the splits it lies in memory twice.
     columns: dict[str, dict[str, Any]] = {name: {} for name in SPLITS}
     for key, read in {
@@ -162,6 +188,31 @@ def read_index(folder: Path, manifest: Manifest) -> dict[str, IndexRows]:
     }
 
 
+def read_keys(store: Store, manifest: Manifest, places: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], str]:
+    """Looks the keys of samples up; for messages, so they are not kept in memory.
+
+    Args:
+        store: Where the corpus is.
+        manifest: Its manifest.
+        places: Shard file name and first byte of each sample.
+
+    Returns:
+        Keys by place; a place that no tile has is left out.
+
+    Raises:
+        DataError: The index is missing or damaged.
+    """
+    table = _Table(store, manifest, "index.parquet")
+    shards = {shard for shard, _ in places}
+    wanted, keys = set(places), {}
+    for _, columns in table.batches("shard", "offset", "key"):
+        here = table.is_in(columns[0], shards)
+        rows = zip(*(column.filter(here).to_pylist() for column in columns), strict=True)
+        keys.update({(shard, offset): key for shard, offset, key in rows if (shard, offset) in wanted})
+    table.release()
+    return keys
+
+
 def _rows_of(column: Any, rows: npt.NDArray[np.int64]) -> Any:
     return _Coded(column.codes[rows], column.values) if isinstance(column, _Coded) else column[rows]
 
@@ -170,7 +221,7 @@ def _compact(column: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return column.astype(np.min_scalar_type(int(column.max()) if len(column) else 0))
 
 
-def _shard_order(shard: npt.NDArray[Any], block: npt.NDArray[Any], path: Path) -> Any:
+def _shard_order(shard: npt.NDArray[Any], block: npt.NDArray[Any], path: str) -> Any:
     """Returns what sorts tiles by shard and place in it: a slice when they lie so already, as prep writes them."""
     place = shard.astype(np.int64) << 40
     place |= block
@@ -213,9 +264,8 @@ def _check_count(split: str, found: int, manifest: Manifest) -> None:
         )
 
 
-def _percentiles(path: Path, ids: list[str]) -> Floats:
+def _percentiles(table: _Table, ids: list[str]) -> Floats:
     """Percentiles of the products in the order of `ids`, shape (2, len(ids)); NaN where a product has none."""
-    table = _Table(path)
     values = np.full((2, len(ids)), np.nan)
     numbers = {product: number for number, product in enumerate(ids)}
     for _, (products, *columns) in table.batches("product_id", "percentile_low", "percentile_high", gaps=True):
@@ -228,14 +278,14 @@ def _percentiles(path: Path, ids: list[str]) -> Floats:
 class _Table:
     """Columns of a parquet file as arrays, read batch by batch so that a large table never lies in memory whole."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, store: Store, manifest: Manifest, name: str) -> None:
         self._arrow = require("pyarrow", "pretrain")
         self._parquet = require("pyarrow.parquet", "pretrain")
-        if not path.is_file():
-            raise DataError("a table of the corpus is missing", seen=path, fix=_FIX)
+        self.path = f"{store.location.rstrip('/')}/{name}"
+        found = open_table(store, manifest, name)
+        self.source = self._arrow.BufferReader(found) if isinstance(found, bytes) else found
         try:
-            metadata = self._parquet.read_metadata(path)
+            metadata = self._parquet.read_metadata(self.source)
         except (self._arrow.ArrowException, OSError) as error:
             raise self._unreadable(error) from None
         self.rows: int = metadata.num_rows
@@ -253,7 +303,7 @@ class _Table:
             raise DataError("a table of the corpus lacks a column", seen=f"{self.path}: {missing[0]}", fix=_FIX)
         first = 0
         try:
-            file = self._parquet.ParquetFile(self.path, read_dictionary=list(names) if text else None)
+            file = self._parquet.ParquetFile(self.source, read_dictionary=list(names) if text else None)
             for batch in file.iter_batches(batch_size=_BATCH, columns=list(names)):
                 columns = [batch.column(name) for name in names]
                 if not gaps:
@@ -263,6 +313,10 @@ class _Table:
                 first += len(batch)
         except (self._arrow.ArrowException, OSError) as error:
             raise self._unreadable(error) from None
+
+    def is_in(self, column: Any, values: set[str]) -> Any:
+        """Returns where an Arrow column has one of the values."""
+        return require("pyarrow.compute", "pretrain").is_in(column, value_set=self._arrow.array(sorted(values)))
 
     def release(self) -> None:
         """Gives the memory that Arrow keeps for its next table back."""

@@ -3,7 +3,9 @@
 config.yaml                      resolved configuration
 metrics.jsonl                    one JSON object a line, `event` is `train` or `val`
 tensorboard/                     the same as scalars
-checkpoints/samples-000400000/   model.safetensors, card.json (last), engine/ (DeepSpeed state, for resuming)
+summary.json                     work done, see `momo.pretrain.summary`
+checkpoints/samples-000400000/   model.safetensors, card.json (last), engine/ (optimizer state, newest ones only)
+resume/samples-000412000/        the same between two checkpoints, for resuming alone; not for selection
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from .weights import CARD_NAME, Card, load_card
 
 METRICS_NAME = "metrics.jsonl"
 CONFIG_NAME = "config.yaml"
+CHECKPOINTS_NAME = "checkpoints"
+RESUME_NAME = "resume"
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Checkpoint:
 
     @property
     def engine(self) -> Path:
-        """Folder of the DeepSpeed state; it exists only in the newest checkpoints."""
+        """Folder of the optimizer's state; it exists only in the newest checkpoints."""
         return self.path / "engine"
 
 
@@ -64,9 +68,9 @@ def read_checkpoints(run: Path) -> list[Checkpoint]:
     return found
 
 
-def find_checkpoints(run: Path) -> list[Checkpoint]:
-    """Lists the complete checkpoints below a folder, oldest first; an empty list when there is none."""
-    cards = sorted((Path(run) / "checkpoints").glob(f"samples-*/{CARD_NAME}"))
+def find_checkpoints(run: Path, folder: str = CHECKPOINTS_NAME) -> list[Checkpoint]:
+    """Lists the complete checkpoints in a folder of a run, oldest first; an empty list when there is none."""
+    cards = sorted((Path(run) / folder).glob(f"samples-*/{CARD_NAME}"))
     return [Checkpoint(c.parent, int(c.parent.name.removeprefix("samples-")), load_card(c.parent)) for c in cards]
 
 

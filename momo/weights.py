@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,9 @@ class Card:
         synthetic: True when any of the training data was generated rather than measured.
         samples: Training samples seen (for a merge: None).
         val_loss: `loss`, `stderr`, `count`, `protocol` (hash of masks, normalisation and loss) and `per_sensor`.
-        parents: `role` (base or checkpoint), `name` and `sha256` of each weights file this one was made from.
-        method: Merge method and its coefficients, or None.
+        parents: `role`, `name` and `sha256` of each weights file this one was made from. Roles: `base` and
+            `checkpoint` (of a run or a merge), `source` (what `momo pretrain init` took a base from).
+        method: Merge method and its coefficients, or how a base was made (`init`), or None.
         licence: SPDX identifier of the weights.
         sha256: Hash of the tensors file; empty inside the file itself.
         momo_version: Version that wrote the file.
@@ -145,6 +148,16 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor], card: Card) -> 
     card.sha256 = sha256_file(folder / TENSORS_NAME)
     write_json(folder / CARD_NAME, card.to_dict())
     return card.sha256
+
+
+def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns the SHA-256 over names, dtypes, shapes and values, in name order, of tensors that have no single file."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _sort_metadata(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiles as tensors, with every random choice drawn from the tile's key.
+"""The corpora of a run, and batches of their tiles as network input.
 
 Tiles travel as they are stored, 8 or 16 bit, with the three numbers that scale them; scaling is left to the device.
 """
@@ -6,22 +6,21 @@ Tiles travel as they are stored, 8 or 16 bit, with the three numbers that scale 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset
 
-from ..corpus import Corpus, StoredTile
+from ..corpus import Corpus
 from ..errors import ConfigError, DataError
 from ..files import sha256_json
-from ..models.masking import augmentation_rng, mask_noise, sample_rng
 from ..normalise import Normalisation, normalise_batch
+from ..pipes import ShardBuffer
+from .augment import apply_views
 from .config import PretrainConfig
+from .plan import Supply
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,26 @@ class Sources:
         """Type that holds the stored pixels of every corpus, so that a batch may mix them."""
         return max((corpus.manifest.dtype for corpus in self.corpora), key=lambda name: np.dtype(name).itemsize)
 
+    @property
+    def notes(self) -> list[str]:
+        """Lines about how the corpora are read that the user should see."""
+        return [line for corpus in self.corpora for line in corpus.notes]
+
+    def supplies(self) -> list[Supply]:
+        """Returns what `momo.pretrain.plan.check_arithmetic` compares."""
+        found = []
+        for corpus in self.corpora:
+            train = [shard for shard in corpus.manifest.shards if shard.split == "train"]
+            supply = Supply(
+                name=corpus.sensor,
+                tiles=[shard.samples for shard in train],
+                nbytes=[shard.bytes for shard in train],
+                other_nbytes=[shard.bytes for shard in corpus.manifest.shards if shard.split != "train"],
+                streamed=corpus.store.streamed,
+            )
+            found.append(supply)
+        return found
+
     def card_sensors(self) -> list[dict[str, Any]]:
         """Returns the entries of `Card.sensors`."""
         entries = []
@@ -62,23 +81,25 @@ def open_sources(config: PretrainConfig, *, verify: bool) -> Sources:
 
     Args:
         config: The job.
-        verify: Compare every shard's SHA-256.
+        verify: Compare every shard's SHA-256, where shards are local.
 
     Raises:
         DataError: A corpus is missing, altered, or has an empty split.
         ConfigError: Tile sizes differ, or two corpora are of one sensor.
     """
-    corpora = [Corpus(Path(path), verify=verify) for path in config.data.corpora]
+    # One buffer for all, so that data.buffer_mb bounds the reading process and not each corpus.
+    buffer = ShardBuffer(config.data.buffer_mb)
+    corpora = [Corpus(path, verify=verify, pipe=config.data.pipe, buffer=buffer) for path in config.data.corpora]
     for corpus in corpora:
         for split in ("train", "val"):
             if corpus.count(split) == 0:
                 raise DataError(
                     f"the corpus has no {split} tile",
-                    seen=corpus.path,
+                    seen=corpus.location,
                     rule="both splits are needed: validation chooses checkpoints",
                     fix="run momo prep with another val_fraction, smaller blocks or more products",
                 )
-    sizes = {str(corpus.path): corpus.manifest.tile_size for corpus in corpora}
+    sizes = {corpus.location: corpus.manifest.tile_size for corpus in corpora}
     if len(set(sizes.values())) > 1:
         raise ConfigError("the corpora have different tile sizes", seen=sizes, rule="one tile size a run")
     sensors = [corpus.sensor for corpus in corpora]
@@ -92,7 +113,7 @@ def _normalisation(policy: str, corpus: Corpus) -> Normalisation:
         if corpus.manifest.mixed_units:
             raise ConfigError(
                 "sensor_zscore needs one unit",
-                seen=f"{corpus.path} joins products of different units",
+                seen=f"{corpus.location} joins products of different units",
                 rule="one mean and one deviation can scale tiles of one unit only",
                 fix="choose data.normalisation=per_tile_zscore, or prep calibrated products alone",
             )
@@ -110,59 +131,22 @@ def _check_percentiles(corpus: Corpus) -> None:
     if without:
         raise ConfigError(
             "per_product_percentile needs percentiles of every product",
-            seen=f"{corpus.path}: {len(without)} products without, for example {', '.join(sorted(without)[:3])}",
+            seen=f"{corpus.location}: {len(without)} products without, for example {', '.join(sorted(without)[:3])}",
             rule="products.parquet has percentile_low and percentile_high",
             fix="choose data.normalisation=per_tile_zscore, or run momo prep again",
         )
 
 
-Sample = dict[str, Any]
-
-
-def to_sample(
-    tile: StoredTile,
-    normalisation: Normalisation,
-    rng: np.random.Generator,
-    *,
-    patches: int,
-    dtype: str,
-    augment: bool,
-) -> Sample:
-    """Makes one sample of a batch from a tile; `to_inputs` makes network input of the batch.
-
-    Args:
-        tile: The decoded tile.
-        normalisation: Scaling of its sensor.
-        rng: Source of the symmetry and of the mask.
-        patches: Number of patches N of the model.
-        dtype: `uint8` or `uint16`, one for all samples of a batch.
-        augment: Draw one of the eight symmetries of the square; nadir images have no up.
-
-    Returns:
-        `stored` (H, W) of `dtype`, `valid` (H, W) bool, `affine` (3,) float32, `noise` (N,) float32, `key`.
-    """
-    stored, valid = tile.stored_HW, tile.valid
-    if augment:
-        turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
-        stored = _turned(stored, turns, mirror)
-        if tile.valid_HW is not None:
-            valid = _turned(valid, turns, mirror)
-    return {
-        "stored": torch.from_numpy(np.ascontiguousarray(stored, dtype=dtype)),
-        "valid": torch.from_numpy(np.ascontiguousarray(valid)),
-        "affine": torch.from_numpy(normalisation.affine(tile.statistics)),
-        "noise": torch.from_numpy(mask_noise(rng, patches)),
-        "key": tile.key,
-    }
+Batch = dict[str, Any]
 
 
 def to_inputs(
-    batch: Sample, *, limit: float, in_chans: int, device: torch.device | str
+    batch: Batch, *, limit: float, in_chans: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Moves a batch of samples to a device and scales it there.
+    """Moves a micro-batch to a device, scales it there and takes its views.
 
     Args:
-        batch: Samples joined by the data loader.
+        batch: From `momo.pretrain.loader.make_loader`.
         limit: `Normalisation.limit`.
         in_chans: 1, or 3 equal channels.
         device: Where the model is.
@@ -170,85 +154,12 @@ def to_inputs(
     Returns:
         Images (B, C, H, W) float32, validity (B, H, W) bool and noise (B, N) float32.
     """
-    stored, valid, affine, noise = (
-        batch[name].to(device, non_blocking=True) for name in ("stored", "valid", "affine", "noise")
-    )
-    return normalise_batch(stored, valid, affine, limit).expand(-1, in_chans, -1, -1), valid, noise
-
-
-class TrainTiles(Dataset[Sample]):
-    """Training tiles, addressed by (epoch, tile); the epoch chooses symmetry and mask.
-
-    Args:
-        sources: The corpora.
-        patches: Number of patches of the model.
-        augment: Draw one of the eight symmetries.
-        seed: Seed of the run.
-        cache_mb: When all decoded tiles fit into this memory they are kept after their first reading.
-    """
-
-    def __init__(self, sources: Sources, *, patches: int, augment: bool, seed: int, cache_mb: int = 0) -> None:
-        self.sources, self.patches, self.augment, self.seed = sources, patches, augment, seed
-        self._dtype = sources.dtype
-        # The pixels and, at worst, the validity of each.
-        tile_bytes = (np.dtype(self._dtype).itemsize + 1) * sources.corpora[0].manifest.tile_size ** 2
-        self._cache: dict[int, StoredTile] | None = {} if len(self) * tile_bytes <= cache_mb << 20 else None
-
-    def __len__(self) -> int:
-        return int(self.sources.bounds[-1])
-
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        epoch, index = place
-        number = int(np.searchsorted(self.sources.bounds, index, side="right")) - 1
-        tile = self._tile(number, index)
-        rng = augmentation_rng(tile.key, self.seed, epoch)
-        return to_sample(
-            tile,
-            self.sources.normalisations[number],
-            rng,
-            patches=self.patches,
-            dtype=self._dtype,
-            augment=self.augment,
-        )
-
-    def _tile(self, number: int, index: int) -> StoredTile:
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        tile = self.sources.corpora[number].read_stored("train", index - int(self.sources.bounds[number]))
-        if self._cache is not None:
-            self._cache[index] = tile
-        return tile
-
-
-_ArrayT = TypeVar("_ArrayT", bound=np.ndarray[Any, Any])
-
-
-def _turned(array_HW: _ArrayT, turns: int, mirror: bool) -> _ArrayT:
-    return cast(_ArrayT, np.rot90(array_HW[:, ::-1] if mirror else array_HW, turns))
-
-
-def validation_subset(corpus: Corpus, limit: int, seed: int) -> npt.NDArray[np.int64]:
-    """Returns the positions of the validation tiles used, ascending; depends on the corpus and the seed alone."""
-    count = corpus.count("val")
-    if count <= limit:
-        return np.arange(count)
-    rng = sample_rng(corpus.manifest.fingerprint, seed, "validation subset")
-    return np.sort(rng.choice(count, size=limit, replace=False))
-
-
-class ValidationTiles(Dataset[Sample]):
-    """A fixed subset of one corpus's validation tiles with masks drawn from their keys."""
-
-    def __init__(self, corpus: Corpus, normalisation: Normalisation, *, patches: int, limit: int, seed: int) -> None:
-        self.corpus, self.normalisation = corpus, normalisation
-        self.patches, self.seed = patches, seed
-        self.positions: Sequence[int] = validation_subset(corpus, limit, seed).tolist()
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, number: int) -> Sample:
-        tile = self.corpus.read_stored("val", self.positions[number])
-        rng = sample_rng(tile.key, self.seed, "validation mask")
-        dtype = self.corpus.manifest.dtype
-        return to_sample(tile, self.normalisation, rng, patches=self.patches, dtype=dtype, augment=False)
+    stored, affine, noise = (batch[name].to(device, non_blocking=True) for name in ("stored", "affine", "noise"))
+    valid = batch["valid"]
+    if valid is not None:
+        valid = valid.to(device, non_blocking=True)
+    image = normalise_batch(stored, valid, affine, limit)
+    image, valid = apply_views(image, valid, batch["views"])
+    if valid is None:
+        valid = torch.ones(stored.shape, dtype=torch.bool, device=device)
+    return image.expand(-1, in_chans, -1, -1), valid, noise

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import datetime
 import io
 import json
 import logging
 import os
+import shutil
+import signal
+import sys
 import tempfile
+import threading
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,12 +29,16 @@ from ..config import config_from_dict, to_dict
 from ..errors import ConfigError, MomoError
 from ..extras import require, require_installed
 from ..files import write_json
-from ..runs import read_checkpoints
-from .checkpoint import check_same_inputs, latest_resumable
+from ..models.blocks import attention_kernel
+from ..runs import Checkpoint
+from .banner import Facts, banner, describe_device, measured_rate
+from .checkpoint import check_resume, check_same_inputs, latest_resumable
 from .config import PretrainConfig
-from .data import open_sources
-from .optimisation import warmup_length
-from .setup import engine_config, make_card, make_start, store_config
+from .control import STOP_SIGNALS, Watchdog
+from .data import Sources, open_sources
+from .keeper import make_uploader
+from .plan import check_arithmetic
+from .setup import Start, engine_config, make_card, make_start, store_config
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -33,6 +46,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Everything a user can get wrong is checked here, before any rank starts. An external launcher (`deepspeed`,
     `torchrun`, SLURM) that sets RANK and WORLD_SIZE is respected; otherwise `config.ranks` processes are started.
+    SIGTERM, SIGUSR1 and SIGINT save the state and return.
 
     Args:
         config: The job.
@@ -41,23 +55,28 @@ def pretrain(config: PretrainConfig) -> Path:
         The RUN folder.
 
     Raises:
-        MomoError: Bad configuration, corpus or base; a diverged loss.
+        MomoError: Bad configuration, corpus or base; a diverged loss; a lost or silent rank; a full disk.
     """
     require_installed("deepspeed", "pretrain")
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    rank, ranks = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, config.ranks)
-    if ranks != config.ranks:
+    rank, ranks = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, config.world)
+    if config.ranks not in (None, ranks):
         raise ConfigError(
             "the launcher started another number of ranks",
             seen=f"WORLD_SIZE={ranks}, ranks={config.ranks}",
-            fix=f"add ranks={ranks}",
+            fix=f"leave ranks out, or give ranks={ranks}",
         )
+    config = dataclasses.replace(config, ranks=ranks)
     if rank == 0:
         _prepare(config)
     if launched:
-        _rank_main(rank, ranks, None, to_dict(config))
-    elif not _complete(config):
-        _spawn(config)
+        complete = _rank_main(rank, ranks, None, to_dict(config))
+    else:
+        complete = _complete(config) or _spawn(config)
+    if not complete and rank == 0:
+        newest = latest_resumable(Path(config.out))
+        where = f"at {newest.samples:,} samples" if newest is not None else "before its first state"
+        print(f"stopped   {where}; the same command continues the run")
     return Path(config.out)
 
 
@@ -70,85 +89,141 @@ def _complete(config: PretrainConfig) -> bool:
 
 def _prepare(config: PretrainConfig) -> None:
     """Checks all inputs, stores the configuration and prints the banner."""
+    run = Path(config.out)
+    newest = latest_resumable(run)
+    check_resume(config, newest)
     sources = open_sources(config, verify=config.data.verify)
+    notes = [*sources.notes, *check_arithmetic(config, sources.supplies())]
     start = make_start(config, sources.corpora[0].manifest.tile_size)
-    engine_config(config)
-    store_config(config)
-    shapes, train = start.model.architecture, config.train
-    tiles = int(sources.bounds[-1])
-    parameters = sum(p.numel() for p in start.model.parameters())
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (no CUDA device found)"
-    sensors = ", ".join(f"{c.sensor} {c.count('train'):,} + {c.count('val'):,} val" for c in sources.corpora)
-    origin = f"base {start.parents[0]['sha256'][:12]}" if start.parents else f"random, seed {config.seed}"
-    steps = train.samples // train.batch_size
-    print(f"run       {config.out}")
-    print(f"tiles     {sensors}" + ("   SYNTHETIC" if any(c.manifest.synthetic for c in sources.corpora) else ""))
-    print(
-        f"model     {shapes.size}, {shapes.image_size} px in patches of {shapes.patch_size}, "
-        f"{shapes.in_chans} channel, {parameters / 1e6:.2f} M parameters, start: {origin}"
-    )
-    print(f"device    {device}, {config.ranks} rank(s), {train.precision}")
-    print(
-        f"batch     {train.batch_size} = {config.ranks} x {train.batch_size // config.ranks}; {steps:,} steps = "
-        f"{steps * train.batch_size:,} samples = {steps * train.batch_size / tiles:.1f} epochs"
-    )
-    warmup = warmup_length(train)
-    cut = f" (train.warmup_samples={train.warmup_samples:,} is cut to a tenth of the run)"
-    print(
-        f"schedule  peak learning rate {train.base_lr * train.batch_size / 256:.3g} after {warmup:,} samples"
-        + (cut if warmup < train.warmup_samples else "")
-    )
-    newest = latest_resumable(Path(config.out))
+    settings = engine_config(config)
+    if config.checkpoint.upload is not None:
+        make_uploader(config.checkpoint, run).check(run)
     if newest is not None:
-        check_same_inputs(newest, make_card(config, sources, start))
-        state = "complete already" if _complete(config) else f"continues at {newest.samples:,} samples"
-        print(f"resume    {state} ({newest.path.name})")
+        wanted = make_card(config, sources, start)
+        notes += check_same_inputs(newest, wanted, accept_changed_corpus=config.data.accept_changed_corpus)
+    notes += store_config(config)
+    facts = _facts(config, sources, start, settings, newest)
+    lines = banner(config, start.model.architecture, facts)
+    print("\n".join([*lines, *(f"{'note':<10}{note}" for note in notes)]), flush=True)
 
 
-def _spawn(config: PretrainConfig) -> None:
+def _facts(
+    config: PretrainConfig, sources: Sources, start: Start, settings: dict[str, Any], newest: Checkpoint | None
+) -> Facts:
+    run, zero = Path(config.out), settings["zero_optimization"]
+    offloads = {"offload_optimizer": "optimizer state", "offload_param": "parameters"}
+    parameters = list(start.model.parameters())
+    origin = f"base {start.parents[0]['sha256'][:12]}" if start.parents else f"random, seed {config.seed}"
+    place = next(folder for folder in (run, *run.absolute().parents) if folder.is_dir())
+    return Facts(
+        tiles=[(corpus.sensor, corpus.count("train"), corpus.count("val")) for corpus in sources.corpora],
+        synthetic=start.synthetic or any(corpus.manifest.synthetic for corpus in sources.corpora),
+        origin=origin,
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        attention=attention_kernel(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu"),
+        zero_stage=zero["stage"],
+        offload=[name for key, name in offloads.items() if zero.get(key, {}).get("device", "none") != "none"],
+        device=describe_device(config.world),
+        free_bytes=shutil.disk_usage(place).free,
+        done=newest.samples if newest is not None else 0,
+        resumed_from=newest.path.name if newest is not None else None,
+        images_per_s=measured_rate(run),
+    )
+
+
+def _spawn(config: PretrainConfig) -> bool:
+    """Starts the ranks on this machine; returns whether the run is complete."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             ranks = torch.multiprocessing.start_processes(
                 _rank_main,
-                args=(config.ranks, str(Path(folder) / "store"), to_dict(config)),
-                nprocs=config.ranks,
+                args=(config.world, str(Path(folder) / "store"), to_dict(config)),
+                nprocs=config.world,
                 join=False,
                 start_method="spawn",
             )
-            # When one rank fails the others may sit in a collective and not hear SIGTERM: they get five seconds.
-            while not ranks.join(grace_period=5):
-                pass
-        except torch.multiprocessing.ProcessExitedException as error:
+            with _passing_on_signals(ranks.processes):
+                # When one rank fails the others may sit in a collective and not hear SIGTERM: they get five seconds.
+                while not ranks.join(grace_period=5):
+                    pass
+        except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
             _raise_told(Path(folder))
+            if isinstance(error, torch.multiprocessing.ProcessRaisedException):
+                raise
             raise MomoError(
                 "a training process died",
-                seen=f"rank {error.error_index}, exit code {error.exit_code}",
+                seen=f"rank {error.error_index}, {_exit_text(error)}",
                 rule="all ranks run to the end",
-                fix="start again with the same command: the run continues from its last checkpoint",
+                fix="start again with the same command: the run continues from its last state",
             ) from None
-    read_checkpoints(Path(config.out))
+    return _complete(config)
 
 
-def _rank_main(rank: int, ranks: int, store: str | None, fields: dict[str, object]) -> None:
+def _exit_text(error: torch.multiprocessing.ProcessExitedException) -> str:
+    # Linux's out-of-memory killer sends SIGKILL, and says so only in the kernel's log.
+    memory = " (the machine may be out of memory)" if error.signal_name == "SIGKILL" else ""
+    return f"{error.signal_name}{memory}" if error.signal_name else f"exit code {error.exit_code}"
+
+
+@contextlib.contextmanager
+def _passing_on_signals(processes: Sequence[Any]) -> Iterator[None]:
+    """Passes stop signals on to the ranks, which save their state and end; a second Ctrl-C kills them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupted = False
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        nonlocal interrupted
+        if number == signal.SIGINT and interrupted:
+            for process in processes:
+                process.kill()
+            raise KeyboardInterrupt
+        interrupted = interrupted or number == signal.SIGINT
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _rank_main(rank: int, ranks: int, store: str | None, fields: dict[str, Any]) -> bool:
     """Runs one rank; `store` is the rendezvous file of a job started here, None under an external launcher."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     if store is not None:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
         os.environ.update(LOCAL_SIZE=str(ranks))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     from .trainer import Trainer
 
     warnings.filterwarnings("ignore", category=FutureWarning)
+    config = config_from_dict(PretrainConfig, fields)
+
+    def give_up(error: MomoError) -> None:
+        if store is None:
+            print(f"momo: error: {error}", file=sys.stderr, flush=True)
+        else:
+            _tell(error, Path(store).parent, rank)
+        os._exit(2)
+
     try:
-        _join(rank, ranks, store)
-        Trainer(config_from_dict(PretrainConfig, fields), rank=rank, ranks=ranks).train()
+        _join(rank, ranks, store, config.timeout_s)
+        with Watchdog(dist.distributed_c10d._get_default_store(), rank, ranks, config.timeout_s, give_up) as watchdog:
+            return Trainer(config, rank=rank, ranks=ranks, beat=watchdog.beat).train()
     except MomoError as error:
         if store is None:
             raise
-        _tell(error, Path(store).parent, rank)
-        os._exit(1)
+        give_up(error)
+        return False
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -167,7 +242,7 @@ def _raise_told(folder: Path) -> None:
         raise getattr(errors, fields.pop("kind"))(fields.pop("what"), **fields)
 
 
-def _join(rank: int, ranks: int, store: str | None) -> None:
+def _join(rank: int, ranks: int, store: str | None, timeout_s: float) -> None:
     # It warns on every machine that has a CUDA compiler but no CUDA device.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     deepspeed = require("deepspeed", "pretrain")
@@ -175,9 +250,11 @@ def _join(rank: int, ranks: int, store: str | None) -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if cuda else "gloo"
+    # The watchdog, which knows who is silent, is to be the first to speak.
+    timeout = datetime.timedelta(seconds=2 * timeout_s)
     if store is not None:
-        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks)
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout)
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(dist_backend=backend)

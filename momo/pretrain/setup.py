@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ..config import to_dict, to_yaml
 from ..errors import CheckpointError, ConfigError
 from ..files import write_text
 from ..models import Architecture, MaskedAutoencoder, build_mae, load_mae
+from ..models.mae import compile_blocks
+from ..models.objective import make_objective
 from ..runs import CONFIG_NAME
 from ..weights import Card, load_card
 from .checkpoint import check_same_run
@@ -87,6 +90,43 @@ def make_start(config: PretrainConfig, tile_size: int) -> Start:
     return Start(model, [{"role": "base", "name": Path(config.base).name, "sha256": card.sha256}], card.synthetic)
 
 
+def make_model(
+    config: PretrainConfig, sources: Sources, reference: MaskedAutoencoder, device: torch.device
+) -> MaskedAutoencoder:
+    """Makes the model that is trained, with the weights of `reference`, and gives both the loss of the configuration.
+
+    Args:
+        config: The job.
+        sources: Its corpora; their normalisation bounds the network's input.
+        reference: float32 weights on `device`.
+        device: Where to train.
+    """
+    options = config.model
+    patch_size = reference.architecture.patch_size
+    objective = make_objective(
+        config.loss,
+        patch_size=patch_size,
+        norm_pix_loss=options.norm_pix_loss,
+        limit=sources.normalisations[0].limit,
+        device=device,
+    )
+    # Not registered: an objective's weights are no part of the model's.
+    object.__setattr__(reference, "objective", objective)
+    model = MaskedAutoencoder(
+        reference.architecture,
+        mask_ratio=options.mask_ratio,
+        norm_pix_loss=options.norm_pix_loss,
+        objective=objective,
+        attention=options.attention,
+        activation_checkpointing=options.activation_checkpointing,
+    )
+    model.load_state_dict(reference.state_dict())
+    model.to(device)
+    if options.compile:
+        compile_blocks(model)
+    return model
+
+
 def make_card(config: PretrainConfig, sources: Sources, start: Start) -> Card:
     """Makes the card that every checkpoint of the run shares."""
     single = sources.normalisations[0].to_dict()
@@ -106,45 +146,89 @@ def make_card(config: PretrainConfig, sources: Sources, start: Start) -> Card:
     )
 
 
+# What momo fills in, and where each comes from.
+_RESERVED = ("optimizer", "scheduler", "bf16", "fp16", "data_types", "torch_autocast")
+
+
 def engine_config(config: PretrainConfig) -> dict[str, Any]:
-    """Returns DeepSpeed's configuration: the user's JSON with momo's batch arithmetic filled in.
+    """Returns DeepSpeed's configuration: the user's JSON with batch arithmetic, clipping and precision filled in.
+
+    Half precision needs an optimizer with float32 masters, which DeepSpeed has from stage 1 on: stage 0 becomes 1,
+    with the same arithmetic.
 
     Raises:
-        ConfigError: The file is missing or not JSON, or sets what momo fills in.
+        ConfigError: The file is missing or not JSON, sets what momo fills in, or asks for what cannot be.
     """
-    settings: dict[str, Any] = {"zero_optimization": {"stage": 0}}
+    settings: dict[str, Any] = {}
     if config.deepspeed is not None:
-        try:
-            settings = json.loads(Path(config.deepspeed).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError("the DeepSpeed file does not exist", seen=config.deepspeed) from None
-        except json.JSONDecodeError as error:
-            raise ConfigError("the DeepSpeed file is not JSON", seen=f"{config.deepspeed}: {error}") from None
+        settings = _read_settings(Path(config.deepspeed))
+    precision = config.train.precision
     filled = {
         "train_batch_size": config.train.batch_size,
-        "train_micro_batch_size_per_gpu": config.train.batch_size // config.ranks,
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.train.clip_grad,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    reserved = [key for key in (*filled, "optimizer", "scheduler", "bf16", "fp16") if key in settings]
+    if precision != "fp32":
+        filled |= {precision: {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    reserved = [key for key in (*filled, *_RESERVED) if key in settings]
     if reserved:
         raise ConfigError(
             "the DeepSpeed file sets what momo fills in",
-            seen=", ".join(reserved),
+            seen=", ".join(dict.fromkeys(reserved)),
             rule="batch sizes, optimizer, schedule, clipping and precision come from the train options",
             fix="remove these keys from the JSON",
         )
-    if (stage := settings.get("zero_optimization", {}).get("stage", 0)) not in (0, 1, 2):
-        raise ConfigError("the ZeRO stage is not supported", seen=stage, rule="0, 1 or 2")
-    return settings | filled
+    zero = {"stage": 0} | _zero_section(settings)
+    if zero["stage"] not in (0, 1, 2, 3):
+        raise ConfigError("the ZeRO stage is not supported", seen=zero["stage"], rule="0, 1, 2 or 3")
+    offloads = [
+        key for key in ("offload_optimizer", "offload_param") if zero.get(key, {}).get("device", "none") != "none"
+    ]
+    if offloads and zero["stage"] < (3 if "offload_param" in offloads else 1):
+        raise ConfigError(
+            "the ZeRO stage cannot offload",
+            seen=f"stage {zero['stage']} with {', '.join(offloads)}",
+            rule="offload_optimizer needs stage 1, 2 or 3, offload_param stage 3",
+            fix="raise zero_optimization.stage, or remove the offload section",
+        )
+    if precision != "fp32" and zero["stage"] == 0:
+        zero["stage"] = 1
+    return settings | filled | {"zero_optimization": zero}
 
 
-def store_config(config: PretrainConfig) -> None:
-    """Writes the resolved configuration into the run, or compares it with the one that is there."""
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            "the DeepSpeed file does not exist", seen=path, fix="examples are in configs/deepspeed"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError("the DeepSpeed file is not JSON", seen=f"{path}: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError("the DeepSpeed file is not a mapping", seen=path, rule="top level is {...}")
+    return settings
+
+
+def _zero_section(settings: dict[str, Any]) -> dict[str, Any]:
+    section = settings.get("zero_optimization", {})
+    if not isinstance(section, dict):
+        raise ConfigError("zero_optimization is not a mapping", seen=section, rule='it looks like {"stage": 1}')
+    return section
+
+
+def store_config(config: PretrainConfig) -> list[str]:
+    """Writes the resolved configuration into the run, or compares it with the one that is there.
+
+    Returns:
+        Lines about changes that are allowed and alter the arithmetic.
+    """
     path = Path(config.out) / CONFIG_NAME
     if path.is_file():
-        check_same_run(yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(config), config)
-    else:
-        write_text(path, to_yaml(config))
+        return check_same_run(yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(config), config)
+    write_text(path, to_yaml(config))
+    return []

@@ -13,6 +13,7 @@ import pytest
 import webdataset
 
 from momo import corpus as corpus_module
+from momo import stores
 from momo.codecs import CODECS
 from momo.corpus import Corpus
 from momo.corpus_format import FORMAT_VERSION, PRODUCT_COLUMNS, fingerprint
@@ -214,11 +215,11 @@ def test_neighbours_are_read_at_once_and_few_files_stay_open(tmp_path, monkeypat
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, size, offset: sizes.append(size) or pread(fd, size, offset))
     whole = corpus.read_batch("train", range(9))
-    assert len(sizes) == 3 == len(corpus._files)
-    monkeypatch.setattr(corpus_module, "_OPEN_FILES", 1)
+    assert len(sizes) == 3 == len(corpus.store._files)
+    monkeypatch.setattr(stores, "_OPEN_FILES", 1)
     corpus = Corpus(tmp_path / "c")
     assert [corpus.read_stored("train", position).key for position in range(9)] == whole.keys
-    assert len(corpus._files) == 1
+    assert len(corpus.store._files) == 1
 
 
 def test_short_reads_are_continued(tmp_path, monkeypatch):
@@ -231,10 +232,18 @@ def test_short_reads_are_continued(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="a shard ends early.*train-000000.tar at byte 0"):
         corpus.read_stored("train", 0)
 
+    def broken(fd, size, offset):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(DataError, match="cannot be read: .*train-000000.tar: Input/output error"):
+        corpus.read_stored("train", 0)
+
 
 def test_a_corpus_goes_to_another_process(tmp_path):
     corpus = Corpus(write_tiles(tmp_path / "c"))
     tile = corpus.read_stored("train", 4)
+    assert "index" not in pickle.loads(pickle.dumps(corpus)).__dict__
     again = pickle.loads(pickle.dumps(corpus)).read_stored("train", 4)
     assert again.key == tile.key and np.array_equal(again.stored_HW, tile.stored_HW)
 
@@ -268,6 +277,15 @@ def test_a_tile_that_cannot_be_decoded_is_named(tmp_path):
         ):
             read("train", 1)
     assert corpus.read("train", 2).key == "k02"
+    tiles = corpus.read_places(corpus.index["train"].places(np.array([2, 1, 0])))
+    (bad,) = tiles.unreadable
+    assert (bad.slot, bad.shard, bad.offset) == (1, "train-000000.tar", offset) and "cannot be decoded" in str(
+        bad.error
+    )
+    assert tiles.keys == ["k02", "", "k00"] and not tiles.stored_BHW[1].any() and not tiles.valid_BHW[1].any()
+    assert corpus.keys_at([(bad.shard, bad.offset), ("none.tar", 5)]) == ["k01", "none.tar at byte 5"]
+    (path / "index.parquet").unlink()
+    assert corpus.keys_at([(bad.shard, bad.offset)]) == [f"train-000000.tar at byte {offset}"]
 
 
 # --- index ------------------------------------------------------------------------------------------------------
