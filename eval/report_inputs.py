@@ -98,7 +98,8 @@ def read_run(name: str, path: Path) -> Run:
     for number, record in enumerate(records, start=1):
         try:
             if record["event"] == "train":
-                train[int(record["samples"])] = float(record["loss"])
+                if record["loss"] is not None:  # every step of the window was left out
+                    train[int(record["samples"])] = float(record["loss"])
             elif record["event"] == "val":
                 val[int(record["samples"])] = _val_point(record)
                 protocols[str(record.get("protocol", ""))] = None

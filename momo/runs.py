@@ -1,7 +1,7 @@
 """RUN: what a pretraining job leaves, reading side.
 
 config.yaml                      resolved configuration
-metrics.jsonl                    one JSON object a line, `event` is `train` or `val`
+metrics.jsonl                    one JSON object a line, `event` is `train`, `val`, `probe` or `incident`
 tensorboard/                     the same as scalars
 summary.json                     work done, see `momo.pretrain.summary`
 checkpoints/samples-000400000/   model.safetensors, card.json (last), engine/ (optimizer state, newest ones only)

@@ -26,7 +26,7 @@ from ..weights import Card, load_card, load_weights
 from .architecture import Architecture
 from .blocks import ATTENTIONS, Attention, Block, run_blocks
 from .objective import PixelObjective
-from .patches import moments, patchify, take_patches, unpatchify
+from .patches import PatchProjection, moments, patchify, take_patches, unpatchify
 
 ENCODER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 Objective = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -83,6 +83,7 @@ class MaskedAutoencoder(VisionTransformer):
         self.activation_checkpointing = activation_checkpointing
         # Past nn.Module's own bookkeeping: an objective may be a module with weights that are not the model's.
         object.__setattr__(self, "objective", objective or PixelObjective(architecture.patch_size, norm_pix_loss))
+        self.patch_embed.proj = PatchProjection(self.patch_embed.proj)
         self.kept = max(1, round(architecture.patches * (1 - mask_ratio)))
         side = architecture.image_size // architecture.patch_size
         self.decoder_embed = nn.Linear(widths.dim, widths.decoder_dim)
@@ -168,12 +169,10 @@ class MaskedAutoencoder(VisionTransformer):
 
     def _encode(self, image_BCHW: torch.Tensor, order_BN: torch.Tensor) -> torch.Tensor:
         shown_BK = order_BN[:, : self.kept]
-        batch, chans, size = len(image_BCHW), image_BCHW.shape[1], self.architecture.patch_size
         dtype = self.patch_embed.proj.weight.dtype
         pixels_BKP = take_patches(self.patchify(image_BCHW), shown_BK).to(dtype)
-        cut = pixels_BKP.reshape(-1, size, size, chans).permute(0, 3, 1, 2).contiguous()
-        tokens_BKD = self.patch_embed.proj(cut).view(batch, self.kept, -1) + self.pos_embed[0, 1:][shown_BK]
-        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)
+        tokens_BKD = self.patch_embed.proj(pixels_BKP) + self.pos_embed[0, 1:][shown_BK]
+        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens_BKD), -1, -1)
         tokens_BND = torch.cat([cls_B1D.to(tokens_BKD.dtype), tokens_BKD], dim=1)
         return self.norm(run_blocks(self.blocks, tokens_BND, again=self.activation_checkpointing))
 
@@ -216,14 +215,18 @@ class MaskedAutoencoder(VisionTransformer):
         return unpatchify(patches_BNP, self.architecture.patch_size)
 
 
-def compile_blocks(model: MaskedAutoencoder) -> None:
+def compile_blocks(model: MaskedAutoencoder, *, backend: str = "inductor") -> None:
     """Compiles each block in place by `torch.compile`; names in the state dict stay as they are.
 
-    The blocks of the encoder share their code, and so do the decoder's: three kinds are compiled in all. The first
-    step of each input shape and dtype takes longer. On a CPU a C++ compiler must be installed.
+    Blocks of one kind share their code. The first step of each input shape and dtype takes longer, and on a CPU needs
+    a C++ compiler.
+
+    Args:
+        model: The model.
+        backend: One of `torch._dynamo.list_backends()`.
     """
     for block in [*model.blocks, *model.decoder_blocks]:
-        block.compile(dynamic=False)
+        block.compile(backend=backend, dynamic=False)
 
 
 def _positions(side: int, dim: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
 
 
 def patchify(image_BCHW: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -50,3 +51,24 @@ def standardise(values_BNP: torch.Tensor, valid_BNP: torch.Tensor) -> torch.Tens
     """Subtracts a patch's mean and divides by its spread (see `moments`; MAE paper, arXiv 2111.06377, section 4.1)."""
     mean, std = moments(values_BNP, valid_BNP)
     return (values_BNP - mean) / std
+
+
+class PatchProjection(nn.Conv2d):
+    """The patch embedding of a vision transformer, for whole images (timm's way) or for patches cut already.
+
+    Args:
+        conv: Convolution whose kernel is its stride; its parameters are taken over.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        assert conv.bias is not None and conv.kernel_size == conv.stride
+        size = (conv.kernel_size[0], conv.kernel_size[1])
+        super().__init__(conv.in_channels, conv.out_channels, size, stride=size, device="meta")
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Embeds images (B, C, H, W) as (B, D, rows, columns), or patches (B, M, P) as (B, M, D)."""
+        if input.ndim == 4:
+            return super().forward(input)
+        # A matrix product: convolutions of many single patches are slow backwards.
+        return nn.functional.linear(input, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)

@@ -169,7 +169,9 @@ def _cost(config: PretrainConfig, architecture: Architecture, facts: Facts) -> l
     lines = [f"{scaled(per_sample)}FLOP a sample, {scaled(per_sample * stop)}FLOP in all"]
     peak = config.telemetry.peak_tflops or peak_tflops(facts.device.name, config.train.precision)
     if facts.images_per_s is not None:
-        lines.append(f"{duration(left / facts.images_per_s)} to go at {facts.images_per_s:,.1f} images/s, as measured before")
+        lines.append(
+            f"{duration(left / facts.images_per_s)} to go at {facts.images_per_s:,.1f} images/s, as measured before"
+        )
     elif peak is not None:
         rate = _ASSUMED_MFU * peak * 1e12 * config.world / per_sample
         lines.append(

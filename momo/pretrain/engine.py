@@ -7,6 +7,8 @@ precision. Under half precision the model computes in it and DeepSpeed keeps flo
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -69,7 +71,9 @@ class Engine:
             betas=(options.beta1, options.beta2),
             fused=True,
         )
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        # Its bf16 optimizer prints the machine's memory, four lines a parameter group.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.stage = int(settings["zero_optimization"]["stage"])
         self._clip = options.clip_grad
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -38,6 +38,7 @@ from .control import STOP_SIGNALS, Watchdog
 from .data import Sources, open_sources
 from .keeper import make_uploader
 from .plan import check_arithmetic
+from .probe import KnnProbe
 from .setup import Start, engine_config, make_card, make_start, store_config
 
 
@@ -96,6 +97,10 @@ def _prepare(config: PretrainConfig) -> None:
     notes = [*sources.notes, *check_arithmetic(config, sources.supplies())]
     start = make_start(config, sources.corpora[0].manifest.tile_size)
     settings = engine_config(config)
+    if config.telemetry.probe is not None:
+        KnnProbe(
+            Path(config.telemetry.probe), sources.normalisations[0], neighbours=config.telemetry.probe_neighbours
+        )
     if config.checkpoint.upload is not None:
         make_uploader(config.checkpoint, run).check(run)
     if newest is not None:
@@ -201,8 +206,9 @@ def _rank_main(rank: int, ranks: int, store: str | None, fields: dict[str, Any])
         os.environ.update(LOCAL_SIZE=str(ranks))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+        if "OMP_NUM_THREADS" not in os.environ:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks)
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     from .trainer import Trainer
 
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -137,7 +137,7 @@ def make_card(config: PretrainConfig, sources: Sources, start: Start) -> Card:
         architecture=start.model.architecture.to_dict(),
         contents=["encoder", "decoder"],
         normalisation=single,
-        objective={"mask_ratio": start.model.mask_ratio, "norm_pix_loss": start.model.norm_pix_loss},
+        objective=_objective(config, start.model),
         sensors=sources.card_sensors(),
         data_fingerprints={corpus.sensor: corpus.manifest.fingerprint for corpus in sources.corpora},
         synthetic=start.synthetic or any(corpus.manifest.synthetic for corpus in sources.corpora),
@@ -146,7 +146,15 @@ def make_card(config: PretrainConfig, sources: Sources, start: Start) -> Card:
     )
 
 
-# What momo fills in, and where each comes from.
+def _objective(config: PretrainConfig, model: MaskedAutoencoder) -> dict[str, Any]:
+    """What the loss is; the weights of its terms only where it joins several, so that older cards compare as before."""
+    weights = {"mse": config.loss.mse, "ssim": config.loss.ssim, "lpips": config.loss.lpips}
+    weights = {name: weight for name, weight in (weights | {"gradient": config.loss.gradient}).items() if weight}
+    plain = {"mask_ratio": model.mask_ratio, "norm_pix_loss": model.norm_pix_loss}
+    return plain if weights == {"mse": 1.0} else plain | {"loss": weights}
+
+
+# Beside the batch arithmetic, what the train options say.
 _RESERVED = ("optimizer", "scheduler", "bf16", "fp16", "data_types", "torch_autocast")
 
 

@@ -166,6 +166,7 @@ class Trainer:
     def _steps(self) -> bool:
         """Steps until the end (True) or a signal (False)."""
         config, size = self.config, self.config.train.batch_size
+        self.timer.restart()
         batches = self.timer.wait(self._loader())
         window = _Window(self.device)
         while self.samples < self.stop:

@@ -26,7 +26,7 @@ from .config import LossOptions, ValidationOptions
 from .validation import protocol_hash, validate_model
 from .validation_tiles import ValidationTiles
 
-# Relative difference that another device, batch size or number of threads makes in float32.
+# Relative difference that another device or batch size makes in float32.
 _ROUNDING = 1e-5
 
 

@@ -1,8 +1,8 @@
 """Fixed-mask validation: the loss of a checkpoint, comparable between checkpoints and sensors, with its error.
 
 Equal-validation-loss selection compares these numbers, so each is a function of the weights and the data alone: a
-fixed subset, masks drawn from tile keys, one normalisation, float32, every tile counted once, the same batches
-whatever the number of ranks. `momo.pretrain.validating` is the command.
+fixed subset, masks drawn from tile keys, one normalisation, float32, every tile counted once, the same batches and on
+a CPU the same bits whatever the number of ranks and threads. `momo.pretrain.validating` is the command.
 """
 
 from __future__ import annotations
@@ -153,6 +153,8 @@ def measure_tiles(
         ranks: Number of ranks.
         device: Where the model is.
         advance: Called with the number of tiles after each batch.
+
+    On a CPU as many batches as there are threads are in memory at once (see `map_exactly`).
 
     Raises:
         CheckpointError: The weights are not float32.

@@ -17,18 +17,20 @@ from momo.pretrain.state import load_state
 from tests.conftest import PICO
 from tests.momo.engine_jobs import Job, make_config, plain_loop, start
 
-STEPS = 50
-# Largest difference of a step's loss from the plain loop's over 50 steps; losses fall from about 2 to about 0.2.
+pytestmark = pytest.mark.timeout(600)
+
+STEPS, SHORT = 50, 12
+# Largest difference of a step's loss from the plain loop's ; losses fall from about 2.
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 2e-3}
 STRAIGHT = [
-    *(Job(f"fp32-z{stage}-a{acc}", "fp32", stage, acc) for stage in range(4) for acc in (1, 2)),
-    *(Job(f"bf16-z{stage}-a2", "bf16", stage, 2) for stage in range(4)),
-    *(Job(f"fp16-z{stage}-a1", "fp16", stage, 1) for stage in (1, 3)),
-    Job("fp32-z2-offload", "fp32", 2, offload=True),
+    *(Job(f"fp32-z{stage}-a1", "fp32", stage) for stage in range(4)),
+    *(Job(f"fp32-z{stage}-a2", "fp32", stage, 2, steps=SHORT) for stage in (0, 1, 2, 3)),
+    *(Job(f"bf16-z{stage}-a2", "bf16", stage, 2, steps=SHORT) for stage in (0, 2, 3)),
+    *(Job(f"fp16-z{stage}-a1", "fp16", stage, steps=SHORT) for stage in (1, 3)),
+    Job("fp32-z2-offload", "fp32", 2, steps=SHORT, offload=True),
 ]
-HALVES = [
-    ("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 2),
-]  # fmt: skip
+HALVES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 2)]
+HALF, MORE = 8, 5
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +40,22 @@ def measured(tmp_path_factory) -> tuple[dict[str, dict[str, Any]], Path]:
     for precision, stage in HALVES:
         name = f"{precision}-z{stage}"
         split += [
-            Job(f"{name}-first", precision, stage, steps=20),
-            Job(f"{name}-second", precision, stage, steps=10, first=20, load=f"{name}-first"),
-            Job(f"{name}-whole", precision, stage, steps=30),
+            Job(f"{name}-first", precision, stage, steps=HALF),
+            Job(f"{name}-second", precision, stage, steps=MORE, first=HALF, load=f"{name}-first"),
+            Job(f"{name}-whole", precision, stage, steps=HALF + MORE),
         ]
     moved = [
         # Another stage, then (below) another number of ranks and another precision.
-        Job("z3-from-z1", "fp32", 3, steps=10, first=20, load="fp32-z1-first"),
+        Job("z3-from-z1", "fp32", 3, steps=MORE, first=HALF, load="fp32-z1-first"),
     ]
     found = start([*STRAIGHT, *split, *moved], 2, folder)
     one = [
         Job("one-rank", "fp32", 0, 4),
-        Job("one-from-two", "fp32", 1, steps=10, first=20, load="fp32-z2-first"),
-        Job("fp32-from-bf16", "fp32", 0, steps=10, first=20, load="bf16-z3-first"),
+        Job("one-from-two", "fp32", 1, steps=MORE, first=HALF, load="fp32-z2-first"),
+        Job("fp32-from-bf16", "fp32", 0, steps=MORE, first=HALF, load="bf16-z3-first"),
     ]
     found |= start(one, 1, folder)
-    found |= start([Job("two-from-one", "fp32", 3, steps=10, first=30, load="one-from-two")], 2, folder)
+    found |= start([Job("two-from-one", "fp32", 3, steps=MORE, first=HALF + MORE, load="one-from-two")], 2, folder)
     return found, folder
 
 
@@ -77,16 +79,17 @@ def gap(first: list[float], second: list[float]) -> float:
 @pytest.mark.parametrize("job", STRAIGHT, ids=lambda job: job.name)
 def test_losses_are_those_of_the_plain_loop(measured, plain, job):
     losses = measured[0][job.name]["losses"]
-    assert gap(losses, plain[0]) < TOLERANCE[job.precision]
-    assert losses[-1] < 0.5 * losses[0] and measured[0][job.name]["steps"] == STEPS
+    assert gap(losses, plain[0][: job.steps]) < TOLERANCE[job.precision]
+    assert losses[-1] < losses[0] - 0.1 and measured[0][job.name]["steps"] == job.steps
 
 
 @pytest.mark.slow
 def test_one_rank_equals_two_and_accumulation_equals_a_larger_batch(measured):
     found = measured[0]
     for other in ("fp32-z0-a1", "fp32-z0-a2", "fp32-z3-a2"):
-        assert gap(found["one-rank"]["losses"], found[other]["losses"]) < 1e-5
-        norms = zip(found["one-rank"]["norms"], found[other]["norms"], strict=True)
+        steps = len(found[other]["losses"])
+        assert gap(found["one-rank"]["losses"][:steps], found[other]["losses"]) < 1e-5
+        norms = zip(found["one-rank"]["norms"][:steps], found[other]["norms"], strict=True)
         assert all(a == pytest.approx(b, rel=1e-3) for a, b in norms)
 
 
@@ -108,12 +111,13 @@ def test_a_resumed_engine_goes_on_bit_for_bit(measured, precision, stage):
 def test_a_state_moves_to_another_stage_number_of_ranks_and_precision(measured, plain):
     found = measured[0]
     straight = plain[0]
-    assert gap(found["z3-from-z1"]["losses"], straight[20:30]) < 2e-5
-    assert gap(found["one-from-two"]["losses"], straight[20:30]) < 2e-5
-    assert gap(found["two-from-one"]["losses"], straight[30:40]) < 2e-5
-    assert gap(found["fp32-from-bf16"]["losses"], straight[20:30]) < TOLERANCE["bf16"]
+    assert gap(found["z3-from-z1"]["losses"], straight[HALF : HALF + MORE]) < 2e-5
+    assert gap(found["one-from-two"]["losses"], straight[HALF : HALF + MORE]) < 2e-5
+    assert gap(found["two-from-one"]["losses"], straight[HALF + MORE : HALF + 2 * MORE]) < 2e-5
+    assert gap(found["fp32-from-bf16"]["losses"], straight[HALF : HALF + MORE]) < TOLERANCE["bf16"]
     # A state that was not loaded would show: the loss would start again.
-    assert found["two-from-one"]["losses"][0] < 0.5 * straight[0] and found["two-from-one"]["steps"] == 40
+    assert found["two-from-one"]["losses"][0] < straight[0] - 0.1
+    assert found["two-from-one"]["steps"] == HALF + 2 * MORE
 
 
 @pytest.mark.slow

@@ -278,6 +278,8 @@ def test_errors_that_are_no_damage_stop_the_run_whatever_the_policy(tiny_corpus,
         list(loader_of(config_of(tiny_corpus, f"data.cache_mb={cache_mb}")))
 
 
+# The socket that the last batch of the dead process was to come through.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_dead_reading_process_is_named_and_signals_of_a_cluster_are_left_to_the_trainer(tmp_path):
     path = write_corpus(tmp_path / "c", tiles=400, val=1)
     loader = loader_of(config_of(path, "data.workers=1", "train.samples=4000"), stop=4000)

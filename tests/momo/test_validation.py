@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from momo.pretrain.validation_tiles import ValidationTiles, read_units
 from tests.conftest import PICO, write_corpus
 
 
-def tiles_of(corpus: Path, **options: Any) -> ValidationTiles:
+def tiles_of(corpus: Path | str, **options: Any) -> ValidationTiles:
     fields = {"patches": 16, "limit": 100, "seed": 1} | options
     return ValidationTiles(Corpus(corpus), fields.pop("normalisation", Normalisation()), **fields)
 
@@ -91,6 +92,15 @@ class TwoTerms:
 
     def describe(self) -> dict[str, Any]:
         return {"loss": {"bright": 0.5, "rough": 0.5}}
+
+
+class SlowTerms(TwoTerms):
+    """Leaves other threads the time to call it too before its terms are read."""
+
+    def __call__(self, *arguments):
+        loss_B = super().__call__(*arguments)
+        time.sleep(0.05)
+        return loss_B
 
 
 # --- a function of weights and tiles alone ----------------------------------------------------------------------
@@ -168,15 +178,17 @@ def test_computed_in_float32_whatever_the_surroundings(tiny_corpus, model):
         torch.set_float32_matmul_precision(before)
 
 
-def test_losses_do_not_depend_on_the_number_of_threads(wide_corpus):
-    # A product long enough that torch splits its sum among threads.
+@pytest.mark.parametrize("own_terms", [False, True])
+def test_losses_do_not_depend_on_the_number_of_threads(wide_corpus, own_terms):
+    # Wide enough that the products of one batch are split among threads, and their sums with them.
     model = build_mae(dataclasses.replace(PICO, size="tiny"), seed=0)
-    model.objective = TwoTerms()
+    if own_terms:
+        model.objective = SlowTerms()
     measured = []
     for threads in (1, 3, 8):
         torch.set_num_threads(threads)
         try:
-            measured.append(measure_tiles(model, tiles_of(wide_corpus), batch_size=3))
+            measured.append(measure_tiles(model, tiles_of(wide_corpus), batch_size=4))
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(1)
@@ -248,6 +260,19 @@ def test_lazy_and_whole_validation_agree(wide_corpus, model, monkeypatch):
         expected = tile_losses(model, lazy, batch_size=batch_size)
         assert torch.equal(tile_losses(model, whole, batch_size=batch_size), expected)
     assert torch.equal(first, tile_losses(model, lazy, batch_size=4))
+
+
+def test_a_corpus_behind_a_url_gives_the_same(tmp_path, model):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    folder = write_corpus(tmp_path / "c", tiles=2, val=9)
+    set_units(folder, {"CTX_0003": "Hnv", "CTX_0007": "Ahv"})
+    memory.put(str(folder), "/validation-corpus", recursive=True)
+    try:
+        here, there = tiles_of(folder), tiles_of("memory://validation-corpus")
+        entries = [validate_model(model, {"CTX": tiles}, "p", batch_size=4) for tiles in (here, there)]
+    finally:
+        memory.rm("/validation-corpus", recursive=True)
+    assert entries[0] == entries[1] and set(entries[1]["per_sensor"]["CTX"]["per_unit"]) == {"Ahv", "Hnv"}
 
 
 def test_a_large_subset_is_not_kept(wide_corpus, monkeypatch):
