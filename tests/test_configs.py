@@ -42,4 +42,6 @@ def test_real_data_configs_load(path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "deepspeed").glob("*.json")), ids=lambda path: path.stem)
 def test_deepspeed_files_are_json_with_their_stage(path):
-    assert json.loads(path.read_text())["zero_optimization"]["stage"] == int(path.stem.removeprefix("zero"))
+    zero = json.loads(path.read_text())["zero_optimization"]
+    assert zero["stage"] == int(path.stem.removeprefix("zero").removesuffix("_offload"))
+    assert ("offload_optimizer" in zero) == path.stem.endswith("_offload")

@@ -21,10 +21,13 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from momo.config import load_config
 from momo.corpus import Corpus
 from momo.data_prep.shards import CorpusWriter, TileRecord
 from momo.normalise import Normalisation, normalise_batch
-from momo.pretrain.data import Sources, TrainTiles
+from momo.pretrain import PretrainConfig
+from momo.pretrain.data import Sources
+from momo.pretrain.loader import make_loader
 
 TILES, SIZE, BATCH, ROUNDS = 384, 224, 64, 5
 
@@ -102,16 +105,27 @@ def ways(folder: Path, order: npt.NDArray[np.int64]) -> dict[str, Callable[[], o
             affine = torch.from_numpy(normalisation.affine(tiles.statistics))
             normalise_batch(torch.from_numpy(tiles.stored_BHW), valid, affine, normalisation.limit)
 
-    def samples(tiles: TrainTiles) -> None:
-        for number in order.tolist():
-            tiles[(0, number)]
-
     sources = Sources([corpora["zstd"]], [normalisation])
     patches = (corpora["zstd"].manifest.tile_size // 16) ** 2
-    anew, kept = (
-        TrainTiles(sources, patches=patches, augment=True, seed=0, cache_mb=megabytes) for megabytes in (0, 4096)
-    )
-    samples(kept)
+    epoch = len(order) - len(order) % BATCH
+
+    def training(megabytes: int, start: int) -> Callable[[], object]:
+        config = load_config(
+            PretrainConfig,
+            None,
+            ["out=o", "data.corpora=[c]", f"train.batch_size={BATCH}", f"data.cache_mb={megabytes}"],
+        )
+        loader = make_loader(sources, config, patches=patches, start=start, stop=10**9, rank=0, ranks=1, device="cpu")
+        batches = iter(loader)
+
+        def read() -> None:
+            for _ in range(epoch // BATCH):
+                next(batches)
+
+        return read
+
+    kept = training(4096, 0)
+    kept()
     return {
         "one PNG a tile, min-max, RGB, normalised": lambda: [plain(number) for number in order.tolist()],
         "one PNG a tile, decoded only": lambda: [
@@ -120,8 +134,8 @@ def ways(folder: Path, order: npt.NDArray[np.int64]) -> dict[str, Callable[[], o
         "corpus, png: stored tiles, ready for the device": lambda: stored("png"),
         "corpus, zstd: stored tiles, ready for the device": lambda: stored("zstd"),
         "corpus, zstd: scaled to float32 on the CPU": scaled,
-        "training samples: stored, validity, symmetry, mask": lambda: samples(anew),
-        "training samples, kept decoded": lambda: samples(kept),
+        "training batches: stored, validity, symmetry, mask": training(0, 0),
+        "training batches, kept decoded": kept,
     }
 
 
