@@ -66,7 +66,7 @@ def _run(arguments: list[str]) -> int:
             "unknown flag",
             seen=" ".join(unknown),
             rule="flags are --config, --show-config and --help; everything else is KEY=VALUE",
-            fix=f"see momo {command.name} --help",
+            fix=_flag_as_key(unknown[0], rest, schema) or f"see momo {command.name} --help",
         )
     if parsed.help:
         print(command_help(command, schema))
@@ -89,6 +89,17 @@ def _command(arguments: list[str]) -> tuple[Command, list[str]]:
     raise ConfigError(
         "unknown command", seen=arguments[0], rule=f"one of {', '.join(COMMANDS)}", fix=f"did you mean 'momo {near}'?"
     )
+
+
+def _flag_as_key(flag: str, rest: list[str], schema: type) -> str | None:
+    """Says how a flag such as `--resume auto` is written here, when a key has its name."""
+    name, _, value = flag.lstrip("-").partition("=")
+    key = name.replace("-", "_")
+    if key not in {known for known, _, _ in describe_options(schema)}:
+        return None
+    after = rest[rest.index(flag) + 1 :]
+    value = value or (after[0] if after and not after[0].startswith("-") else "VALUE")
+    return f"write {key}={value}"
 
 
 def _override(command: Command, item: str) -> str:

@@ -25,8 +25,8 @@ from .config import PretrainConfig
 from .engine import OptimizerState
 from .state import ENGINE_NAME, RunState, has_state, save_state
 
-# A run may go on with another value of these: they change speed and safety alone, or are compared by content, as corpora
-# and base are, so that a run can be moved. A change of the second group alters the arithmetic and is told.
+# A run may go on with another value of these: they change speed and safety alone, or are compared by content, as
+# corpora and base are, so that a run can be moved. A change of the second group alters the arithmetic and is told.
 _FREE = {
     "out", "resume", "base", "ranks", "deepspeed", "timeout_s", "licence",
     "data.corpora", "data.pipe", "data.buffer_mb", "data.on_corrupt", "data.corrupt_budget",

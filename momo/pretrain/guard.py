@@ -45,7 +45,7 @@ class NonFinite:
         return f"{what} at step {self.step} ({self.samples:,} samples){tiles}{parts}"
 
 
-class Reload(Exception):  # noqa: N818 - no error, a request to the loop
+class Reload(Exception):
     """Asks the training loop to go back to the last good state and to leave one step out."""
 
     def __init__(self, found: NonFinite) -> None:

@@ -98,9 +98,7 @@ def _prepare(config: PretrainConfig) -> None:
     start = make_start(config, sources.corpora[0].manifest.tile_size)
     settings = engine_config(config)
     if config.telemetry.probe is not None:
-        KnnProbe(
-            Path(config.telemetry.probe), sources.normalisations[0], neighbours=config.telemetry.probe_neighbours
-        )
+        KnnProbe(Path(config.telemetry.probe), sources.normalisations[0], neighbours=config.telemetry.probe_neighbours)
     if config.checkpoint.upload is not None:
         make_uploader(config.checkpoint, run).check(run)
     if newest is not None:

@@ -171,7 +171,7 @@ def engine_config(config: PretrainConfig) -> dict[str, Any]:
     if config.deepspeed is not None:
         settings = _read_settings(Path(config.deepspeed))
     precision = config.train.precision
-    filled = {
+    filled: dict[str, Any] = {
         "train_batch_size": config.train.batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": config.accumulation,
