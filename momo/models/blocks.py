@@ -42,7 +42,7 @@ class PlainAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv_BNX: torch.Tensor, heads: int, last: int) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, qkv_BNX: torch.Tensor, heads: int, last: int) -> torch.Tensor:
         """Attends the last tokens to all.
 
         Args:

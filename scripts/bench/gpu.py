@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from gpu_report import bound_by, markdown, percent
 
 from momo.config import load_config
 from momo.data_prep.shards import CorpusWriter, TileRecord
@@ -54,7 +55,7 @@ MODES = {
     "checkpointing": ["model.activation_checkpointing=true"],
     "both": ["model.compile=true", "model.activation_checkpointing=true"],
 }
-MASK_RATIO, PIXELS, VAL_TILES, GOAL_MFU, GOAL_WAIT = 0.75, 224, 64, 0.45, 0.02
+MASK_RATIO, PIXELS, VAL_TILES = 0.75, 224, 64
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Bench:
         """Writes what is known so far."""
         out = Path(self.options.out)
         (out / "gpu.json").write_text(json.dumps(self.report, indent=2) + "\n", encoding="utf-8")
-        (out / "gpu.md").write_text(markdown(self.report), encoding="utf-8")
+        (out / "gpu.md").write_text(markdown(self.report, PIXELS, MASK_RATIO), encoding="utf-8")
 
     # --- 1. products ----------------------------------------------------------------------------------------------
 
@@ -279,28 +280,6 @@ def summarise(model: str, mode: str, batch: int, records: list[dict[str, Any]]) 
     return asdict(row)
 
 
-def bound_by(entry: dict[str, Any], report: dict[str, Any]) -> str:
-    """Says what bounds a trainer, from the measurements alone."""
-    alone, rate = entry["alone"]["images_per_s"], entry["images_per_s"]
-    loader = max(row["images_per_s"] for row in report["loader"])
-    spent = ", ".join(f"{name} {share:.0%}" for name, share in entry["shares"].items())
-    if entry["data_wait"] > GOAL_WAIT:
-        wait = f"{entry['data_wait']:.1%}"
-        why = f"the loader: steps wait {wait} of the time for data, of which it delivers {loader:,.0f} images/s alone"
-    elif rate < 0.95 * alone:
-        why = f"what is between the steps: {rate:,.0f} images/s, the steps alone do {alone:,.0f}"
-    else:
-        why = "computing"
-    text = f"bound by {why}; of a step {spent}"
-    if entry["mfu"] is not None:
-        floor = entry["mfu"] * report["peak_tflops"] / report["product_tflops"]
-        text += (
-            f"; matrix products at the rate of one large product ({report['product_tflops']:.0f} TFLOP/s) would take "
-            f"{floor:.0%} of the time, the rest is elementwise work, attention and the optimizer, bound by memory"
-        )
-    return text
-
-
 def terrain(count: int) -> Iterator[npt.NDArray[np.uint8]]:
     """Generates tiles with the power spectrum of terrain (amplitude ~ wavenumber ** -1.5) and 5 % of white noise."""
     rng = np.random.default_rng(0)
@@ -341,48 +320,13 @@ def say(row: Measured) -> None:
     print(f"{row.model:6s} {row.mode:14s} batch {row.batch:5d}: {figures}", flush=True)
 
 
-def percent(share: float | None) -> str:
-    """A share for people; a dash when it is not known."""
-    return "-" if share is None else f"{share:.1%}"
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The tables of docs/performance.md."""
-    device, product = report["device"], report.get("product_tflops")
-    lines = [
-        f"{device['name']} ({device['detail']}), PyTorch {report['torch']}, one GPU, 224 px, patch 16, 1 channel, mask "
-        f"{MASK_RATIO}, bf16 with fp32 master weights (ZeRO 1), fused AdamW, generated 8-bit tiles. Peak "
-        f"{report['peak_tflops'] or '?'} TFLOP/s"
-        + (f"; one large bf16 product reaches {product:.3g} TFLOP/s." if product else "."),
-        "",
-        "| trainer with loader | mode | batch | images/s | MFU | peak memory, GiB | data wait | reading processes |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in report["trainer"]:
-        lines.append(
-            f"| {row['model']} | {row['mode']} | {row['batch']} | {row['images_per_s']:,.0f} | {percent(row['mfu'])} | "
-            f"{row['memory_gib']:.1f} | {percent(row['data_wait'])} | {row['workers']} |"
-        )
-    lines += ["", *(f"- {row['model']}: {row['bound']}." for row in report["trainer"]), ""]
-    lines += ["| steps alone | mode | batch | images/s | MFU | peak memory, GiB |", "|---|---|---|---|---|---|"]
-    for row in report["steps"]:
-        figures = (
-            f"{row['images_per_s']:,.0f} | {percent(row['mfu'])} | {row['memory_gib']:.1f}"
-            if row["fits"]
-            else "out of memory | - | -"
-        )
-        lines.append(f"| {row['model']} | {row['mode']} | {row['batch']} | {figures} |")
-    lines += ["", "| loader alone, reading processes | images/s |", "|---|---|"]
-    lines += [f"| {row['workers']} | {row['images_per_s']:,.0f} |" for row in report["loader"]]
-    return "\n".join(lines) + "\n"
-
-
 @contextlib.contextmanager
 def one_rank(device: str, folder: Path) -> Iterator[None]:
     """A process group of this process alone."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(1)
     else:
         torch.cuda.set_device(0)
     backend = "gloo" if device == "cpu" else "nccl"

@@ -67,7 +67,9 @@ def test_show_config_resolves_overrides(capsys):
     ("arguments", "message"),
     [
         (["pretrian"], "unknown command: pretrian.*did you mean 'momo pretrain'"),
-        (["merge", "--force"], "unknown flag: --force"),
+        (["merge", "--force"], "unknown flag: --force.*Next: see momo merge --help"),
+        (["pretrain", "--resume", "auto"], "unknown flag: --resume.*Next: write resume=auto"),
+        (["pretrain", "--train.samples=5"], r"unknown flag: --train.samples=5.*Next: write train.samples=5"),
         (["prep", "descrbe", "corpus"], "an argument cannot be read: descrbe.*did you mean 'momo prep describe'"),
         (["merge", "selection.yaml"], "an argument cannot be read: selection.yaml.*see momo merge --help"),
         (["prep", "verify", "none"], "this is no corpus: none"),
