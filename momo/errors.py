@@ -41,6 +41,10 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "?", "!", "\n")) else text + "."
 
 
+class Stopped(Exception):
+    """A command ended early because a signal asked it to, after saving its state; the command line exits with 0."""
+
+
 class ConfigError(MomoError):
     """A configuration key or value is wrong, or a needed package is not installed."""
 

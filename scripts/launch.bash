@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the scripts that start pretraining share; it is sourced, not run.
 #
-# Signals: momo's ranks save their state on SIGTERM, SIGUSR1 and SIGINT and exit 0. DeepSpeed's and PyTorch's launchers
+# Signals: momo's ranks save their state on SIGTERM and SIGUSR1 and exit 0, on Ctrl-C 130. DeepSpeed's and PyTorch's launchers
 # kill ranks some seconds after a SIGTERM, end with an error code, and die of SIGUSR1, leaving the ranks behind. So ranks
 # are started here, with the same environment variables.
 
@@ -105,11 +105,13 @@ wait_each() {
 }
 
 # Waits for all; when one fails the others, which would wait for it for ever, are told to end and after 30 s made to.
-# Returns the exit code of the one that failed first, or 0.
+# After a signal none is hurried: saving may take longer. Returns the exit code of the one that failed first, or 0.
 wait_together() {
     local code=0 deadline=""
     while _collect; do
-        if ((!code)); then
+        if [[ -n $stopping ]]; then
+            :
+        elif ((!code)); then
             _first_failure || {
                 code=$?
                 deadline=$((SECONDS + 30))
@@ -121,6 +123,7 @@ wait_together() {
         sleep 0.2
     done
     ((code)) || _first_failure || code=$?
+    [[ $stopping != INT || $code -ne 0 ]] || code=130
     return "$code"
 }
 

@@ -13,8 +13,8 @@ usage: scripts/pretrain.sh [--gpus N | --ranks N] [--config FILE.yaml] [KEY=VALU
   --ranks N   N ranks, for a machine without a GPU; without it what the configuration says
   --config, KEY=VALUE   as for momo pretrain; momo pretrain --show-config lists every key
 
-SIGTERM, SIGUSR1 and Ctrl-C save the state and exit 0; the same command continues the run. Exit codes are momo's:
-0 done or stopped by a signal, 2 something you can mend, 1 a bug. MOMO names the momo command to use.
+SIGTERM, SIGUSR1 and Ctrl-C save the state; the same command continues the run. Exit codes are momo's: 0 done or
+stopped by a signal, 130 after Ctrl-C, 2 something you can mend, 1 a bug. MOMO names the momo command to use.
 
 examples:
   scripts/pretrain.sh --config configs/pretrain.yaml out=runs/ctx data.corpora=[corpora/ctx]

@@ -22,8 +22,8 @@ usage: scripts/pretrain_multinode.sh --hostfile FILE [options] [--config FILE.ya
   --config, KEY=VALUE   as for momo pretrain
 
 Ranks are numbered node by node. A signal (SIGTERM, SIGUSR1, Ctrl-C) to any node, or to the command with the hostfile,
-saves the state on all and exits 0; the same command continues the run, on any number of nodes. When a rank fails its
-node ends the others, and exits with its code. With --no_ssh, end the other nodes yourself when node 0 refuses to start.
+saves the state on all and exits 0 (130 after Ctrl-C); the same command continues the run, on any number of nodes. When
+a rank fails its node ends the others, and exits with its code. With --no_ssh, end the other nodes yourself when node 0 refuses to start.
 MOMO names the momo command, MOMO_SSH the ssh command [ssh]; variables named NCCL_*, GLOO_*, TORCH_*, OMP_*, PYTHON*,
 CUDA_VISIBLE_DEVICES, DS_ACCELERATOR and the credentials AWS_* are passed on to the nodes.
 END

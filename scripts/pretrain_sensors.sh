@@ -7,7 +7,8 @@ usage() {
     cat <<'END'
 Pretrains one model a sensor, all from one base, one after another or side by side on this machine.
 
-usage: scripts/pretrain_sensors.sh --corpora DIR --runs DIR --base WEIGHTS [options] [--config FILE.yaml] [KEY=VALUE ...]
+usage: scripts/pretrain_sensors.sh --corpora DIR --runs DIR --base WEIGHTS [options]
+                                   [--config FILE.yaml] [KEY=VALUE ...]
 
   --corpora DIR      folder or URL with one corpus a sensor: DIR/hirise, DIR/ctx, DIR/themis
   --runs DIR         the runs go to DIR/hirise and so on; with --parallel their output to DIR/hirise.log
@@ -21,7 +22,7 @@ usage: scripts/pretrain_sensors.sh --corpora DIR --runs DIR --base WEIGHTS [opti
 
 The same command continues what is unfinished. A job that fails does not stop the others. SIGTERM, SIGUSR1 and Ctrl-C
 save the state of what runs; nothing more is started. Ends with one line a job. Exit code: 0 all done or stopped by a
-signal, else that of the first job that failed.
+signal (130 after Ctrl-C), else that of the first job that failed.
 END
 }
 
@@ -113,12 +114,14 @@ tell() {
     local run=$runs/${names[$1]} state loss
     case ${codes[$1]:-none} in
         none) state="not started" ;;
-        0) if run_complete "$run"; then state=complete; else state=stopped; fi ;;
-        143 | 138 | 130) state="stopped at its start" ;;
+        0 | 13? | 143) if run_complete "$run"; then state=complete; else state=stopped; fi ;;
         *) state="FAILED (exit code ${codes[$1]})" ;;
     esac
+    # Only our own signal is a stop.
+    [[ $state != stopped || ${codes[$1]} -eq 0 || -n $stopping ]] || state="FAILED (exit code ${codes[$1]})"
+    # The first loss of the line is that of all tiles.
     loss=$({ grep '"event": "val"' "$run/metrics.jsonl" 2>/dev/null || true; } | tail -n 1 |
-        sed -n 's/^[^}]*"loss": \([^,}]*\).*/\1/p')
+        { grep -o '"loss": [^,}]*' || true; } | head -n 1 | cut -d ' ' -f 2)
     printf '%-10s %-28s %11d samples  val loss %-9.6s %s\n' "${names[$1]}" "$state" "$(run_samples "$run")" \
         "${loss:--}" "$run"
 }
@@ -134,4 +137,5 @@ for number in "${!names[@]}"; do
     [[ -z $stopping || $status -lt 129 ]] || status=0
     ((code)) || code=$status
 done
+[[ $stopping != INT || $code -ne 0 ]] || code=130
 exit "$code"

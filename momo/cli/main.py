@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import describe_options, load_config, to_yaml
-from ..errors import ConfigError, MomoError
+from ..errors import ConfigError, MomoError, Stopped
 from ..version import __version__
 from .commands import COMMANDS, Command
 
@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MomoError as error:
         print(f"momo: error: {error}", file=sys.stderr)
         return USER_ERROR
+    except Stopped as stop:
+        print(f"momo: {stop}", file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
         print("momo: interrupted; start the same command again to continue", file=sys.stderr)
         return INTERRUPTED

@@ -26,7 +26,7 @@ import torch.multiprocessing
 
 from .. import errors
 from ..config import config_from_dict, to_dict
-from ..errors import ConfigError, MomoError
+from ..errors import ConfigError, MomoError, Stopped
 from ..extras import require, require_installed
 from ..files import write_json
 from ..models.blocks import attention_kernel
@@ -34,7 +34,7 @@ from ..runs import Checkpoint
 from .banner import Facts, banner, describe_device, measured_rate
 from .checkpoint import check_resume, check_same_inputs, latest_resumable
 from .config import PretrainConfig
-from .control import STOP_SIGNALS, Watchdog
+from .control import STOP_SIGNALS, StopRequest, Watchdog
 from .data import Sources, open_sources
 from .keeper import make_uploader
 from .plan import check_arithmetic
@@ -47,7 +47,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Everything a user can get wrong is checked here, before any rank starts. An external launcher (`deepspeed`,
     `torchrun`, SLURM) that sets RANK and WORLD_SIZE is respected; otherwise `config.ranks` processes are started.
-    SIGTERM, SIGUSR1 and SIGINT save the state and return.
+    SIGTERM, SIGUSR1 and Ctrl-C save the state at the end of the step.
 
     Args:
         config: The job.
@@ -57,6 +57,8 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Raises:
         MomoError: Bad configuration, corpus or base; a diverged loss; a lost or silent rank; a full disk.
+        Stopped: SIGTERM or SIGUSR1 came and the state is saved.
+        KeyboardInterrupt: Ctrl-C came and the state is saved; a second one does not wait for that.
     """
     require_installed("deepspeed", "pretrain")
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -74,10 +76,10 @@ def pretrain(config: PretrainConfig) -> Path:
         complete = _rank_main(rank, ranks, None, to_dict(config))
     else:
         complete = _complete(config) or _spawn(config)
-    if not complete and rank == 0:
+    if not complete:
         newest = latest_resumable(Path(config.out))
         where = f"at {newest.samples:,} samples" if newest is not None else "before its first state"
-        print(f"stopped   {where}; the same command continues the run")
+        raise Stopped(f"stopped by a signal {where}; the same command continues the run")
     return Path(config.out)
 
 
@@ -137,6 +139,7 @@ def _facts(
 
 def _spawn(config: PretrainConfig) -> bool:
     """Starts the ranks on this machine; returns whether the run is complete."""
+    received: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
             ranks = torch.multiprocessing.start_processes(
@@ -146,7 +149,7 @@ def _spawn(config: PretrainConfig) -> bool:
                 join=False,
                 start_method="spawn",
             )
-            with _passing_on_signals(ranks.processes):
+            with _passing_on_signals(ranks.processes, received):
                 # When one rank fails the others may sit in a collective and not hear SIGTERM: they get five seconds.
                 while not ranks.join(grace_period=5):
                     pass
@@ -154,13 +157,22 @@ def _spawn(config: PretrainConfig) -> bool:
             _raise_told(Path(folder))
             if isinstance(error, torch.multiprocessing.ProcessRaisedException):
                 raise
+            if received and error.signal_name in ("SIGTERM", "SIGINT"):
+                # It came while the rank was still starting and had nothing to save.
+                return _stopped(received)
             raise MomoError(
                 "a training process died",
                 seen=f"rank {error.error_index}, {_exit_text(error)}",
                 rule="all ranks run to the end",
                 fix="start again with the same command: the run continues from its last state",
             ) from None
-    return _complete(config)
+    return _complete(config) or _stopped(received)
+
+
+def _stopped(received: Sequence[int]) -> bool:
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt
+    return False
 
 
 def _exit_text(error: torch.multiprocessing.ProcessExitedException) -> str:
@@ -170,20 +182,23 @@ def _exit_text(error: torch.multiprocessing.ProcessExitedException) -> str:
 
 
 @contextlib.contextmanager
-def _passing_on_signals(processes: Sequence[Any]) -> Iterator[None]:
-    """Passes stop signals on to the ranks, which save their state and end; a second Ctrl-C kills them."""
+def _passing_on_signals(processes: Sequence[Any], received: list[int]) -> Iterator[None]:
+    """Passes stop signals on to the ranks, which save their state and end; a second Ctrl-C kills them.
+
+    Args:
+        processes: The ranks.
+        received: Gets the signals that came.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    interrupted = False
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        nonlocal interrupted
-        if number == signal.SIGINT and interrupted:
+        if number == signal.SIGINT and number in received:
             for process in processes:
                 process.kill()
             raise KeyboardInterrupt
-        interrupted = interrupted or number == signal.SIGINT
+        received.append(number)
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGTERM)
@@ -219,10 +234,17 @@ def _rank_main(rank: int, ranks: int, store: str | None, fields: dict[str, Any])
             _tell(error, Path(store).parent, rank)
         os._exit(2)
 
+    stop_request = StopRequest()
     try:
-        _join(rank, ranks, store, config.timeout_s)
-        with Watchdog(dist.distributed_c10d._get_default_store(), rank, ranks, config.timeout_s, give_up) as watchdog:
-            return Trainer(config, rank=rank, ranks=ranks, beat=watchdog.beat).train()
+        with stop_request.listening():
+            _join(rank, ranks, store, config.timeout_s)
+            beats = dist.distributed_c10d._get_default_store()
+            with Watchdog(beats, rank, ranks, config.timeout_s, give_up) as watchdog:
+                trainer = Trainer(config, rank=rank, ranks=ranks, beat=watchdog.beat, stop_request=stop_request)
+                complete = trainer.train()
+        if store is None and stop_request.name == "SIGINT" and not complete:
+            raise KeyboardInterrupt
+        return complete
     except MomoError as error:
         if store is None:
             raise

@@ -39,11 +39,20 @@ class Trainer:
         rank: This rank; rank 0 writes.
         ranks: Number of ranks.
         beat: Told what this rank does and at which sample, for the watchdog.
+        stop_request: Knows of signals that came before training began.
 
     The process group must exist (see `momo.pretrain.launch`).
     """
 
-    def __init__(self, config: PretrainConfig, *, rank: int, ranks: int, beat: Beat | None = None) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        *,
+        rank: int,
+        ranks: int,
+        beat: Beat | None = None,
+        stop_request: StopRequest | None = None,
+    ) -> None:
         self.config, self.rank, self.ranks = config, rank, ranks
         self.run = Path(config.out)
         self.main = rank == 0
@@ -54,7 +63,7 @@ class Trainer:
         self._log: RunLog | None = None
         self._norm, self._norms = math.nan, dict[str, float]()
         self.control = Control(rank, ranks, config.timeout_s)
-        self.stop_request = StopRequest()
+        self.stop_request = stop_request or StopRequest()
         # The launching process has verified the hashes already.
         self.sources: Sources = open_sources(config, verify=False)
         self.tiles = int(self.sources.bounds[-1])

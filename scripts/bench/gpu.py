@@ -213,8 +213,11 @@ class Bench:
             for _ in itertools.islice(batches, 4):
                 pass
             started = time.perf_counter()
-            done = sum(1 for _ in batches)
-            rate = done * batch / (time.perf_counter() - started)
+            # Not to the end of the iterator, which waits for the processes to end.
+            for _ in itertools.islice(batches, count - 4):
+                pass
+            rate = (count - 4) * batch / (time.perf_counter() - started)
+            del batches
             self.report["loader"].append({"workers": workers, "images_per_s": rate})
             print(f"loader alone, {workers} reading processes: {rate:,.0f} images/s", flush=True)
             self.save()

@@ -10,8 +10,9 @@ and without compilation and activation checkpointing; then the real trainer and 
 usage: scripts/bench/gpu.sh [--wheels DIR] [--out DIR] [options of gpu.py]
 
   --wheels DIR   works without a network: makes an environment in OUT/venv from the wheels in DIR and what Python has
-                 already. Fill DIR on a machine of the same kind with:  pip wheel --wheel-dir DIR '.[pretrain]' setuptools
-                 Without it the present environment is used
+                 already. Fill DIR on a machine of the same kind, in momo's repository, with
+                     pip wheel --wheel-dir DIR '.[pretrain]' setuptools
+                 Without this option the present environment is used
   --out DIR      where gpu.json and gpu.md go [bench-gpu]
   options of gpu.py: --models base,large  --modes plain,compile,checkpointing,both  --first-batch 64
                  --max-batch 4096  --steps 10  --workers 0,4,8  --peak TFLOPS  --device cpu (a trial with a pico model)

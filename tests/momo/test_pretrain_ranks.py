@@ -118,10 +118,21 @@ def test_sigterm_to_the_command_saves_and_exits_0(tmp_path, corpus, straight):
     out, err = job.communicate(timeout=60)
     assert job.returncode == 0, err
     saved = step_of(tmp_path / "run")
-    assert f"stopped   at {saved:,} samples; the same command continues the run" in out and "Traceback" not in err
+    assert f"momo: stopped by a signal at {saved:,} samples; the same command continues the run" in err
+    assert "Traceback" not in err and "resume" not in out
     assert saved > 0 and saved % 8 == 0
     assert start_job(tmp_path, config).wait(200) == 0
     assert same_weights(straight, tmp_path / "run")
+
+
+def test_ctrl_c_saves_and_exits_130(tmp_path, corpus):
+    config = make_config(tmp_path / "run", corpus, *LONG, "ranks=2", "checkpoint.resume_every=null")
+    job = start_job(tmp_path, config, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_until(lambda: (tmp_path / "run/metrics.jsonl").is_file(), job)
+    os.killpg(job.pid, signal.SIGINT)  # a terminal sends it to all processes
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 130 and "momo: interrupted" in err and "Traceback" not in err
+    assert step_of(tmp_path / "run") > 0
 
 
 def test_a_stopped_rank_is_named_and_the_run_ends(tmp_path, corpus):
