@@ -23,9 +23,10 @@ usage: scripts/pretrain_multinode.sh --hostfile FILE [options] [--config FILE.ya
 
 Ranks are numbered node by node. A signal (SIGTERM, SIGUSR1, Ctrl-C) to any node, or to the command with the hostfile,
 saves the state on all and exits 0 (130 after Ctrl-C); the same command continues the run, on any number of nodes. When
-a rank fails its node ends the others, and exits with its code. With --no_ssh, end the other nodes yourself when node 0 refuses to start.
-MOMO names the momo command, MOMO_SSH the ssh command [ssh]; variables named NCCL_*, GLOO_*, TORCH_*, OMP_*, PYTHON*,
-CUDA_VISIBLE_DEVICES, DS_ACCELERATOR and the credentials AWS_* are passed on to the nodes.
+a rank fails its node ends the others, and exits with its code. With --no_ssh, end the other nodes yourself when node 0
+refuses to start.
+MOMO names the momo command, MOMO_SSH the ssh command [ssh]; PATH, LD_LIBRARY_PATH, DS_ACCELERATOR and variables named
+NCCL_*, GLOO_*, TORCH_*, OMP_*, PYTHON*, CUDA_* and AWS_* are passed on to the nodes.
 END
 }
 
@@ -122,7 +123,7 @@ remote_command() {
     local name exports=()
     while IFS= read -r name; do
         case $name in
-            NCCL_* | GLOO_* | TORCH_* | OMP_* | PYTHON* | AWS_* | CUDA_VISIBLE_DEVICES | DS_ACCELERATOR)
+            NCCL_* | GLOO_* | TORCH_* | OMP_* | PYTHON* | AWS_* | CUDA_* | DS_ACCELERATOR | PATH | LD_LIBRARY_PATH)
                 exports+=("$name=${!name}") ;;
         esac
     done < <(compgen -e)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..config import one_of
+from .cpu import Linear
 
 ATTENTIONS = ("auto", "sdpa", "plain")
 
@@ -131,6 +132,10 @@ class Block(TimmBlock):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **(options | {"attn_layer": Attention}))
+        for part, name in ((self.attn, "qkv"), (self.attn, "proj"), (self.mlp, "fc1"), (self.mlp, "fc2")):
+            layer = getattr(part, name)
+            assert isinstance(layer, nn.Linear)
+            setattr(part, name, Linear(layer))
 
     def forward(  # type: ignore[override]
         self, tokens_BND: torch.Tensor, last: int | None = None

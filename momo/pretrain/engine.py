@@ -22,6 +22,7 @@ from ..errors import MomoError
 from ..extras import require
 from ..models import MaskedAutoencoder
 from .config import PretrainConfig
+from .masters import MasterAdamW
 from .optimisation import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -63,22 +64,25 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         options = config.train
         self.model, self.half = model, options.precision != "fp32"
+        self.stage = int(settings["zero_optimization"]["stage"])
         # DeepSpeed rounds the weights to half precision before it copies its masters from them.
         masters = {name: p.detach().clone() for name, p in model.named_parameters()} if self.half else {}
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, options.weight_decay),
-            lr=0.0,
-            betas=(options.beta1, options.beta2),
-            fused=True,
-        )
+        groups, betas = parameter_groups(model, options.weight_decay), (options.beta1, options.beta2)
+        self._own: MasterAdamW | None = None
+        optimizer: torch.optim.Optimizer
+        if self.half and self.stage == 0:
+            by_weight = {p: masters[name] for name, p in model.named_parameters()}
+            model.to(torch.bfloat16)
+            optimizer = self._own = MasterAdamW(groups, by_weight, betas=betas)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         # Its bf16 optimizer prints the machine's memory, four lines a parameter group.
         with contextlib.redirect_stdout(io.StringIO()):
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-        self.stage = int(settings["zero_optimization"]["stage"])
         self._clip = options.clip_grad
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._create_moments()
-        if self.half:
+        if self.half and self._own is None:
             self._set_masters(masters)
         if state is not None:
             self._set_state(state)
@@ -155,6 +159,12 @@ class Engine:
         norm = float(self.deepspeed.get_global_grad_norm())
         return norm if norm >= 0 else math.nan
 
+    def _whole_norm(self) -> float:
+        """Stage 0: every rank has all gradients."""
+        if self._own is not None:
+            return self._own.gather(self._clip)
+        return float(torch.nn.utils.get_total_norm([p.grad for p in self._trainable.values() if p.grad is not None]))
+
     def discard_step(self) -> None:
         """Throws the gradients of a step away instead of updating the weights; all ranks call it."""
         if self.stage == 0:
@@ -202,7 +212,7 @@ class Engine:
         get = require("deepspeed.utils", "pretrain").safe_get_full_fp32_param
         wanted = dict(target.named_parameters())
         for name, parameter in self._trainable.items():
-            wanted[name].copy_(parameter if self.stage == 0 else get(parameter))
+            wanted[name].copy_(self._stepped(parameter) if self.stage == 0 else get(parameter))
 
     @torch.no_grad()
     def optimizer_state(self, *, keep: bool) -> OptimizerState | None:
@@ -215,7 +225,7 @@ class Engine:
         moments: dict[str, torch.Tensor] = {}
         for name, parameter in self._trainable.items():
             for moment in MOMENTS:
-                whole = self._base_optimizer.state[parameter][moment] if self.stage == 0 else get(parameter, moment)
+                whole = self._moment(parameter, moment) if self.stage == 0 else get(parameter, moment)
                 if keep:
                     moments[f"{moment}/{name}"] = whole.detach().float().cpu().clone()
         return OptimizerState(moments, self._steps(), self.loss_scale) if keep else None
@@ -230,12 +240,22 @@ class Engine:
 
     @property
     def _base_optimizer(self) -> torch.optim.Optimizer:
+        if self._own is not None:
+            return self._own.inner
         return self.deepspeed.optimizer if self.stage == 0 else self.deepspeed.optimizer.optimizer
+
+    def _stepped(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Stage 0: what the optimizer steps for a parameter, itself or its master."""
+        return parameter if self._own is None else self._own.masters[parameter]
+
+    def _moment(self, parameter: torch.nn.Parameter, moment: str) -> torch.Tensor:
+        found: torch.Tensor = self._base_optimizer.state[self._stepped(parameter)][moment]
+        return found
 
     def _partitions(self) -> list[torch.Tensor]:
         """What the optimizer steps on this rank: parameters, or flat float32 parts of them."""
         if self.stage == 0:
-            return list(self._trainable.values())
+            return [self._stepped(parameter) for parameter in self._trainable.values()]
         optimizer = self.deepspeed.optimizer
         names = ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
         return next(list(getattr(optimizer, name)) for name in names if hasattr(optimizer, name))
@@ -265,7 +285,7 @@ class Engine:
         for name, moment, parameter, shape in self._moments():
             whole = _from_rank_0(state.moments.get(f"{moment}/{name}"), shape, self.deepspeed.device)
             if self.stage == 0:
-                self._base_optimizer.state[parameter][moment].copy_(whole)
+                self._moment(parameter, moment).copy_(whole)
             else:
                 set_full(parameter, whole, moment)
         for partition in self._partitions():

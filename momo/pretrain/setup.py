@@ -161,8 +161,8 @@ _RESERVED = ("optimizer", "scheduler", "bf16", "fp16", "data_types", "torch_auto
 def engine_config(config: PretrainConfig) -> dict[str, Any]:
     """Returns DeepSpeed's configuration: the user's JSON with batch arithmetic, clipping and precision filled in.
 
-    Half precision needs an optimizer with float32 masters, which DeepSpeed has from stage 1 on: stage 0 becomes 1,
-    with the same arithmetic.
+    Half precision needs an optimizer with float32 masters, which DeepSpeed has from stage 1 on: stage 0 becomes 1
+    where momo's own does not do (`keeps_own_masters`).
 
     Raises:
         ConfigError: The file is missing or not JSON, sets what momo fills in, or asks for what cannot be.
@@ -203,9 +203,25 @@ def engine_config(config: PretrainConfig) -> dict[str, Any]:
             rule="offload_optimizer needs stage 1, 2 or 3, offload_param stage 3",
             fix="raise zero_optimization.stage, or remove the offload section",
         )
-    if precision != "fp32" and zero["stage"] == 0:
-        zero["stage"] = 1
-    return settings | filled | {"zero_optimization": zero}
+    if precision == "fp32" or zero["stage"] > 0:
+        return settings | filled | {"zero_optimization": zero}
+    if keeps_own_masters(config):
+        own = {key: value for key, value in filled.items() if key not in _HALF_KEYS}
+        own["gradient_clipping"] = 0.0
+        return settings | own | {"zero_optimization": zero}
+    return settings | filled | {"zero_optimization": zero | {"stage": 1}}
+
+
+_HALF_KEYS = ("bf16", "fp16", "data_types")
+
+
+def keeps_own_masters(config: PretrainConfig) -> bool:
+    """Says whether bf16 at stage 0 has momo's own float32 masters: on one rank, with one micro-batch a step.
+
+    Sums over micro-batches and ranks have to be float32 too, and fp16 needs a loss scale; DeepSpeed has all that from
+    stage 1 on.
+    """
+    return config.train.precision == "bf16" and config.accumulation == 1 and config.world == 1
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Times pretraining steps on the CPU against a plain reference, alternating in one process.
+"""Times pretraining steps on the CPU against a plain reference, a process each, step by step in turn.
 
 python scripts/bench/pretrain.py                      # ViT-B/16, 224 px, batch 16, mask 0.75
 python scripts/bench/pretrain.py --size small --rounds 12
@@ -10,8 +10,10 @@ All train the same model from the same weights with the same mask ratio and the 
             unfused AdamW over one parameter group
     fp32    momo at equal precision: corpus reader, hidden-only head, DeepSpeed engine, fused AdamW, clipping
     bf16    the same with bfloat16 weights and float32 masters
+    loop    bf16 with one flat float32 master stepped here instead of by DeepSpeed: what the engine costs
 
-A round is one step of each; ratios are taken round by round, so that a busy machine disturbs all alike.
+A round is one step of each, one after another; ratios are taken round by round, so that a busy machine disturbs all
+alike.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +42,7 @@ from momo.config import load_config
 from momo.data_prep.shards import CorpusWriter, TileRecord
 from momo.models import Architecture, MaskedAutoencoder, build_mae
 from momo.models.blocks import Block as MomoBlock
+from momo.models.cpu import keep_freed_memory
 from momo.pretrain import PretrainConfig
 from momo.pretrain.data import open_sources, to_inputs
 from momo.pretrain.engine import Engine
@@ -47,6 +51,7 @@ from momo.pretrain.setup import engine_config, make_model
 
 TILES, PIXELS, RATE = 256, 224, 1e-4
 Step = Callable[[], float]
+Train = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], float]
 
 
 def write_tiles(folder: Path) -> None:
@@ -137,7 +142,7 @@ def plain_step(folder: Path, model: MaskedAutoencoder, batch: int) -> Step:
 # --- momo ---------------------------------------------------------------------------------------------------------
 
 
-def momo_step(folder: Path, model: MaskedAutoencoder, batch: int, precision: str, options: list[str]) -> Step:
+def momo_step(folder: Path, model: MaskedAutoencoder, batch: int, contender: str, options: list[str]) -> Step:
     """One step of `momo pretrain`: its loader, its model and its engine."""
     overrides = [
         f"out={folder / 'run'}",
@@ -145,13 +150,16 @@ def momo_step(folder: Path, model: MaskedAutoencoder, batch: int, precision: str
         "ranks=1",
         "augment.symmetries=false",
         f"train.batch_size={batch}",
-        f"train.precision={precision}",
+        f"train.precision={'fp32' if contender == 'fp32' else 'bf16'}",
         *options,
     ]
+    keep_freed_memory()
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
+    dist.init_process_group("gloo", init_method=f"file://{folder / f'store-{contender}'}", rank=0, world_size=1)
     config = load_config(PretrainConfig, None, overrides)
     sources = open_sources(config, verify=False)
     trained = make_model(config, sources, model, torch.device("cpu"))
-    engine = Engine(trained, config, engine_config(config))
+    train = flat_loop(trained) if contender == "loop" else engine_loop(trained, config)
     loader = make_loader(
         sources,
         config,
@@ -165,22 +173,105 @@ def momo_step(folder: Path, model: MaskedAutoencoder, batch: int, precision: str
     batches, limit = iter(loader), sources.normalisations[0].limit
 
     def step() -> float:
-        inputs = to_inputs(next(batches), limit=limit, in_chans=model.architecture.in_chans, device="cpu")
-        loss_B = engine.micro_step(*inputs, last=True)
+        return train(*to_inputs(next(batches), limit=limit, in_chans=model.architecture.in_chans, device="cpu"))
+
+    return step
+
+
+def engine_loop(model: MaskedAutoencoder, config: PretrainConfig) -> Train:
+    """Trains by momo's engine."""
+    engine = Engine(model, config, engine_config(config))
+
+    def train(image_BCHW: torch.Tensor, valid_BHW: torch.Tensor, noise_BN: torch.Tensor) -> float:
+        loss_B = engine.micro_step(image_BCHW, valid_BHW, noise_BN, last=True)
         engine.finish_step(RATE)
         return float(loss_B.mean())
 
-    return step
+    return train
+
+
+def flat_loop(model: MaskedAutoencoder) -> Train:
+    """Trains bfloat16 weights by fused AdamW over one flat float32 master."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    master = torch.cat([p.detach().flatten() for p in weights]).requires_grad_()
+    master.grad = torch.empty_like(master)
+    sizes = [p.numel() for p in weights]
+    masters = [part.view_as(p) for part, p in zip(master.detach().split(sizes), weights, strict=True)]
+    gradients = [part.view_as(p) for part, p in zip(master.grad.split(sizes), weights, strict=True)]
+    model.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW([master], lr=RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+
+    def train(image_BCHW: torch.Tensor, valid_BHW: torch.Tensor, noise_BN: torch.Tensor) -> float:
+        loss = model(image_BCHW, valid_BHW, noise_BN).mean()
+        loss.backward()
+        with torch.no_grad():
+            torch._foreach_copy_(gradients, [p.grad for p in weights])
+            optimizer.step()
+            torch._foreach_copy_(weights, masters)
+        for p in weights:
+            p.grad = None
+        return float(loss.detach())
+
+    return train
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-def profile(step: Step, steps: int = 3) -> None:
+def make_step(contender: str, folder: Path, given: argparse.Namespace) -> Step:
+    """Builds one contender in this process."""
+    torch.set_num_threads(given.threads)
+    model = build_mae(Architecture(size=given.size, image_size=PIXELS), seed=0)
+    if contender == "plain":
+        return plain_step(folder, model, given.batch)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return momo_step(folder, model, given.batch, contender, given.options)
+
+
+def contend(contender: str, folder: Path, given: argparse.Namespace, pipe: Connection) -> None:
+    """Takes a step whenever the parent asks for one, and answers with seconds, seconds of CPU and the loss."""
+    step = make_step(contender, folder, given)
+    while pipe.recv():
+        started, busy = time.perf_counter(), time.process_time()
+        loss = step()
+        pipe.send((time.perf_counter() - started, time.process_time() - busy, loss))
+
+
+def measure(folder: Path, given: argparse.Namespace) -> None:
+    """Prints images a second of each contender and its ratio to the first."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    for contender in given.only.split(","):
+        pipes[contender], end = context.Pipe()
+        context.Process(target=contend, args=(contender, folder, given, end), daemon=True).start()
+        end.close()  # so that a contender that dies ends the wait for it
+    found: dict[str, list[tuple[float, float, float]]] = {contender: [] for contender in pipes}
+    for _ in range(given.warm + given.rounds):
+        for contender, pipe in pipes.items():
+            pipe.send(True)
+            found[contender].append(pipe.recv())
+    batch = given.batch
+    print(f"ViT-{given.size}/16, {PIXELS} px, batch {batch}, {given.threads} threads, {given.rounds} rounds")
+    first: list[float] = []
+    for contender, pipe in pipes.items():
+        pipe.send(False)
+        taken, busy, losses = map(list, zip(*found[contender][given.warm :], strict=True))
+        first = first or taken
+        ratios = sorted(a / b for a, b in zip(first, taken, strict=True))
+        rates = f"{batch / statistics.median(taken):6.2f} images/s (best {batch / min(taken):6.2f})"
+        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}, best to best {min(first) / min(taken):.2f}"
+        rest = f"CPU {statistics.median(busy):.2f} s a step, loss {losses[-1]:.4f}"
+        print(f"  {contender:6s} {rates}   ratio {statistics.median(ratios):5.2f} ({spread})   {rest}", flush=True)
+
+
+def profile(folder: Path, given: argparse.Namespace, steps: int = 3) -> None:
     """Prints the share of each operation in the time of a step."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
+    step = make_step(given.profile, folder, given)
+    for _ in range(given.warm):
+        step()
     with profiler(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(steps):
             step()
@@ -199,55 +290,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warm", type=int, default=2, help="rounds before the first that counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", nargs="*", default=["plain", "fp32", "bf16"], help="contenders")
-    parser.add_argument("--profile", choices=["plain", "fp32", "bf16"])
+    parser.add_argument("--only", default="plain,fp32,bf16,loop", help="contenders; ratios are to the first")
+    parser.add_argument("--profile", choices=["plain", "fp32", "bf16", "loop"])
     parser.add_argument("options", nargs="*", help="of momo pretrain, for example model.compile=true")
     given = parser.parse_intermixed_args()
-    torch.set_num_threads(given.threads)
-    names = [given.profile] if given.profile else given.only
-    architecture = Architecture(size=given.size, image_size=PIXELS)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_tiles(folder)
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
-        dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
-        steps: dict[str, Step] = {}
-        with contextlib.redirect_stdout(io.StringIO()):
-            for contender in names:
-                model = build_mae(architecture, seed=0)
-                if contender == "plain":
-                    steps[contender] = plain_step(folder, model, given.batch)
-                else:
-                    steps[contender] = momo_step(folder, model, given.batch, contender, given.options)
-        for _ in range(given.warm):
-            losses = {contender: step() for contender, step in steps.items()}
-        if given.profile:
-            profile(steps[given.profile])
-        else:
-            measure(steps, given, losses)
-        dist.destroy_process_group()
-
-
-def measure(steps: dict[str, Step], given: argparse.Namespace, losses: dict[str, float]) -> None:
-    """Prints images a second of each contender and its ratio to the first."""
-    seconds: dict[str, list[float]] = {contender: [] for contender in steps}
-    busy: dict[str, list[float]] = {contender: [] for contender in steps}
-    for _ in range(given.rounds):
-        for contender, step in steps.items():
-            started, before = time.perf_counter(), time.process_time()
-            losses[contender] = step()
-            busy[contender].append(time.process_time() - before)
-            seconds[contender].append(time.perf_counter() - started)
-    first = next(iter(seconds.values()))
-    threads, batch = torch.get_num_threads(), given.batch
-    print(f"ViT-{given.size}/16, {PIXELS} px, batch {batch}, {threads} threads, {given.rounds} rounds")
-    for contender, taken in seconds.items():
-        ratios = sorted(a / b for a, b in zip(first, taken, strict=True))
-        rates = f"{batch / statistics.median(taken):6.2f} images/s (best {batch / min(taken):6.2f})"
-        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}, best to best {min(first) / min(taken):.2f}"
-        loss = f"CPU {statistics.median(busy[contender]):.2f} s a step, loss {losses[contender]:.4f}"
-        print(f"  {contender:6s} {rates}   ratio {statistics.median(ratios):5.2f} ({spread})   {loss}")
-    sys.stdout.flush()
+        write_tiles(Path(name))
+        (profile if given.profile else measure)(Path(name), given)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,9 @@ def measured(tmp_path_factory) -> tuple[dict[str, dict[str, Any]], Path]:
     found = start([*STRAIGHT, *split, *moved], 2, folder)
     one = [
         Job("one-rank", "fp32", 0, 4),
+        Job("own-first", "bf16", 0, steps=HALF),
+        Job("own-second", "bf16", 0, steps=MORE, first=HALF, load="own-first"),
+        Job("own-whole", "bf16", 0, steps=HALF + MORE),
         Job("one-from-two", "fp32", 1, steps=MORE, first=HALF, load="fp32-z2-first"),
         Job("fp32-from-bf16", "fp32", 0, steps=MORE, first=HALF, load="bf16-z3-first"),
     ]
@@ -135,9 +138,23 @@ def test_gathered_weights_are_the_whole_state_dict_with_the_fixed_positions(meas
 
 @pytest.mark.slow
 def test_masters_keep_what_half_precision_would_round_away(measured):
-    gathered = weights(measured[1], "bf16-z1-first")
-    rounded = [torch.equal(tensor, tensor.bfloat16().float()) for tensor in gathered.values()]
-    assert sum(rounded) < len(rounded) / 2
+    for name in ("own-first", "bf16-z1-first"):
+        gathered = weights(measured[1], name)
+        rounded = [torch.equal(tensor, tensor.bfloat16().float()) for tensor in gathered.values()]
+        assert sum(rounded) < len(rounded) / 2
+
+
+@pytest.mark.slow
+def test_own_masters_equal_deepspeeds_and_resume_bit_for_bit(measured, plain):
+    found, folder = measured
+    own, theirs = found["own-whole"], found["bf16-z1-whole"]
+    assert (own["optimizer"], theirs["optimizer"]) == ("MasterAdamW", "BF16_Optimizer")
+    assert gap(own["losses"], theirs["losses"]) < 5e-3 and gap(own["losses"], plain[0][: HALF + MORE]) < 2e-2
+    norms = zip(own["norms"], theirs["norms"], strict=True)
+    assert all(a == pytest.approx(b, rel=5e-2) for a, b in norms)
+    assert found["own-first"]["losses"] + found["own-second"]["losses"] == own["losses"]
+    resumed, straight = weights(folder, "own-second"), weights(folder, "own-whole")
+    assert all(torch.equal(resumed[key], straight[key]) for key in straight)
 
 
 # --- states on disk ---------------------------------------------------------------------------------------------
@@ -181,7 +198,11 @@ def test_batch_arithmetic_and_precision_are_filled_in(tmp_path):
     assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"]) == (16, 2)
     assert found["gradient_accumulation_steps"] == 4 and found["gradient_clipping"] == 1.0
     assert found["bf16"] == {"enabled": True} and found["zero_optimization"] == {"stage": 2}
+    assert settings(tmp_path, "{}", "bf16", accumulation=2)["zero_optimization"] == {"stage": 1}
+    assert settings(tmp_path, "{}", "fp16")["zero_optimization"] == {"stage": 1}
     assert settings(tmp_path, "{}", "bf16")["zero_optimization"] == {"stage": 1}
+    own = engine_config(make_config(Job("one", "bf16"), 1, tmp_path))
+    assert own["zero_optimization"] == {"stage": 0} and "bf16" not in own and own["gradient_clipping"] == 0
     assert settings(tmp_path, "{}")["zero_optimization"] == {"stage": 0}
 
 
