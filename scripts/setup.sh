@@ -68,7 +68,7 @@ if [[ $("$venv/bin/python" -c 'from osgeo import gdal, gdal_array; print(gdal.__
 fi
 
 say "installing momo with all extras (PyTorch among them: some minutes the first time)"
-pip install --editable "$root[all]"
+pip install --editable "${root}[all]"
 
 # DeepSpeed compiles its shared-memory collectives at first use; better here than in the first training run.
 say "compiling DeepSpeed's collectives for the CPU (once)"

@@ -239,9 +239,14 @@ def describe_device(ranks_here: int = 1) -> Device:
         return Device("cuda", properties.name, detail, torch.cuda.is_bf16_supported(including_emulation=False))
     features = _cpu_features()
     instructions = ", ".join([torch.backends.cpu.get_cpu_capability(), *features])
-    threads = max(1, (os.cpu_count() or 1) // ranks_here)
+    threads = max(1, usable_cores() // ranks_here)
     detail = f"no CUDA device found; {instructions}; {threads} thread{'s' * (threads > 1)} a rank"
     return Device("cpu", _cpu_name(), detail, any("bf16" in feature for feature in features))
+
+
+def usable_cores() -> int:
+    """Returns the cores this process may use, which a batch system or taskset may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_features() -> list[str]:

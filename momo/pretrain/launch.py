@@ -31,7 +31,7 @@ from ..extras import require, require_installed
 from ..files import write_json
 from ..models.blocks import attention_kernel
 from ..runs import Checkpoint
-from .banner import Facts, banner, describe_device, measured_rate
+from .banner import Facts, banner, describe_device, measured_rate, usable_cores
 from .checkpoint import check_resume, check_same_inputs, latest_resumable
 from .config import PretrainConfig
 from .control import STOP_SIGNALS, StopRequest, Watchdog
@@ -221,7 +221,7 @@ def _rank_main(rank: int, ranks: int, store: str | None, fields: dict[str, Any])
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks)
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+            torch.set_num_threads(max(1, usable_cores() // here))
     from .trainer import Trainer
 
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..models.cpu import keep_freed_memory
 from ..weights import load_weights
 from .checkpoint import clean_partials, latest_resumable
 from .config import PretrainConfig
@@ -59,6 +60,8 @@ class Trainer:
         self.beat = beat or (lambda phase, samples: None)
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        if not cuda:
+            keep_freed_memory()
         self._since = time.monotonic()
         self._log: RunLog | None = None
         self._norm, self._norms = math.nan, dict[str, float]()
