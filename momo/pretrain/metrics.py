@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class RunLog:
             # Unbuffered: what cannot be written now must not come out later, behind other lines.
             self._stream = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         tqdm = require("tqdm", "pretrain").tqdm
+        # Its own lock is a semaphore of the system, which a rank that gives up would leave behind with a warning.
+        tqdm.set_lock(threading.RLock())
         self._bar = tqdm(
             total=total, initial=samples, unit="img", desc=name, disable=None, smoothing=0.1, mininterval=0.5
         )
