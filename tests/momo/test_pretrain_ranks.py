@@ -113,7 +113,7 @@ def test_sigterm_to_the_command_saves_and_exits_0(tmp_path, corpus, straight):
     config = make_config(tmp_path / "run", corpus, *LONG, "ranks=2", "checkpoint.resume_every=null")
     job = start_job(tmp_path, config, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_until(lambda: (tmp_path / "run/metrics.jsonl").is_file(), job)
-    time.sleep(0.5)
+    time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
     out, err = job.communicate(timeout=60)
     assert job.returncode == 0, err
@@ -188,7 +188,7 @@ if __name__ == "__main__":
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, corpus):
     run = tmp_path / "run"
-    config = make_config(run, corpus, "train.samples=160", "validation.every=32")
+    config = make_config(run, corpus, "train.samples=480", "validation.every=32")
     job = start_job(tmp_path, config)
     wait_until(lambda: len(find_checkpoints(run)) >= 2, job)
     job.send_signal(signal.SIGTERM)
@@ -206,7 +206,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, corpus):
     assert {c.path.name: c.card.sha256 for c in find_checkpoints(run)} == before and step_of(run) == saved
     assert not list(run.glob("*/.samples*"))
     assert start_job(tmp_path, config).wait(120) == 0
-    assert find_checkpoints(run)[-1].samples == 160
+    assert find_checkpoints(run)[-1].samples == 480
 
 
 def test_two_launchers_as_two_nodes(tmp_path, corpus, straight):
