@@ -171,7 +171,7 @@ class Remote:
                 return action()
             except (Gone, Stopped):
                 raise
-            except Exception:
+            except Exception:  # a file system's own errors have no common class; the last one is raised
                 if not left:
                     raise
             self.stop.wait(pause)
