@@ -16,7 +16,8 @@ _MLP_RATIO = 4
 
 # Dense TFLOP/s (no structured sparsity, fp32 accumulation) of bf16 and fp16 tensor cores, and of fp32 without TF32, as
 # commonly published; they were not compared with the vendors' data sheets, which print twice the dense figure where
-# they say "with sparsity". `telemetry.peak_tflops` overrides them. Patterns are looked for in this order, so that variants come before the plain name.
+# they say "with sparsity". `telemetry.peak_tflops` overrides them.
+# Patterns are looked for in this order, so that variants come before the plain name.
 _PEAKS: tuple[tuple[str, float | None, float, float | None], ...] = (
     # device name, bf16, fp16, fp32
     (r"B200", 2250.0, 2250.0, None),
