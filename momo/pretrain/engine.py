@@ -21,6 +21,7 @@ import torch.distributed as dist
 from ..errors import MomoError
 from ..extras import require
 from ..models import MaskedAutoencoder
+from ..models.cpu import lay_out_for_training
 from .config import PretrainConfig
 from .masters import MasterAdamW
 from .optimisation import parameter_groups
@@ -82,6 +83,9 @@ class Engine:
         if self.stage == 0 and config.world == 1:
             # On one rank it would flatten all gradients and copy them back: a tenth of a ViT-B step on a CPU.
             self.deepspeed.enable_backward_allreduce = False
+        if self._own is not None:
+            lay_out_for_training(model)  # only now: DeepSpeed wants rows
+            self._own.follow_layout()
         self._clip = options.clip_grad
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._create_moments()
@@ -228,7 +232,9 @@ class Engine:
             for moment in MOMENTS:
                 whole = self._moment(parameter, moment) if self.stage == 0 else get(parameter, moment)
                 if keep:
-                    moments[f"{moment}/{name}"] = whole.detach().float().cpu().clone()
+                    moments[f"{moment}/{name}"] = (
+                        whole.detach().float().cpu().clone(memory_format=torch.contiguous_format)
+                    )
         return OptimizerState(moments, self._steps(), self.loss_scale) if keep else None
 
     @property

@@ -49,6 +49,7 @@ from momo.pretrain.engine import Engine
 from momo.pretrain.loader import make_loader
 from momo.pretrain.setup import engine_config, make_model
 
+CONTENDERS = ("plain", "fp32", "bf16", "loop")
 TILES, PIXELS, RATE = 256, 224, 1e-4
 Step = Callable[[], float]
 Train = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], float]
@@ -290,10 +291,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warm", type=int, default=2, help="rounds before the first that counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default="plain,fp32,bf16,loop", help="contenders; ratios are to the first")
-    parser.add_argument("--profile", choices=["plain", "fp32", "bf16", "loop"])
+    parser.add_argument(
+        "--only", default=",".join(CONTENDERS), help="contenders, divided by commas; ratios are to the first"
+    )
+    parser.add_argument("--profile", choices=CONTENDERS)
     parser.add_argument("options", nargs="*", help="of momo pretrain, for example model.compile=true")
     given = parser.parse_intermixed_args()
+    if unknown := set(given.only.split(",")) - set(CONTENDERS):
+        parser.error(f"--only: no contender {', '.join(sorted(unknown))}; one or more of {','.join(CONTENDERS)}")
     with tempfile.TemporaryDirectory() as name:
         write_tiles(Path(name))
         (profile if given.profile else measure)(Path(name), given)

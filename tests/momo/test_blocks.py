@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -15,7 +13,6 @@ from timm.models.vision_transformer import Block as TimmBlock
 from momo.errors import ConfigError
 from momo.models import Architecture, build_mae
 from momo.models.blocks import Block, PlainAttention, attention_kernel, run_blocks
-from momo.models.cpu import Linear
 from momo.models.mae import compile_blocks
 from tests.conftest import PICO
 
@@ -253,52 +250,3 @@ def test_compiled_blocks_keep_their_names_and_results(dtype, tolerance):
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
     for name, value in exact_gradient.items():
         assert float((gradient[name] - value).norm()) <= tolerance * float(value.norm()) + 1e-5, name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(3, 7, 24), (5, 24)])
-def test_linear_layers_equal_torchs(dtype, shape):
-    torch.manual_seed(0)
-    plain = torch.nn.Linear(24, 40).to(dtype)
-    quick = Linear(copy.deepcopy(plain))
-    given, above = torch.randn(shape).to(dtype), torch.randn(*shape[:-1], 40).to(dtype)
-    results = []
-    for layer in (plain, quick):
-        entry = given.clone().requires_grad_()
-        result = layer(entry)
-        result.backward(above)
-        results.append([result.detach(), entry.grad, layer.weight.grad, layer.bias.grad])
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 0.01, torch.float16: 0.002}[dtype]
-    for seen, expected in zip(*results, strict=True):
-        assert seen.dtype == dtype and seen.shape == expected.shape
-        torch.testing.assert_close(seen, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
-    assert quick.state_dict().keys() == plain.state_dict().keys()
-
-
-def test_linear_layers_are_used_and_need_no_gradient_of_their_input():
-    layers = [m for m in build_mae(PICO, seed=0).modules() if isinstance(m, Linear)]
-    assert len(layers) == 4 * (4 + 2)
-    layer = Linear(torch.nn.Linear(8, 4).bfloat16())
-    layer(torch.randn(3, 8).bfloat16()).sum().backward()
-    assert layer.weight.grad.shape == (4, 8)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
-def test_freed_memory_is_kept():
-    code = """if True:
-        import resource, sys, torch
-        from momo.models.cpu import keep_freed_memory
-
-        def faults():
-            for step in range(6):
-                if step == 2:
-                    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-                torch.ones(20_000_000)
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-        print(faults(), keep_freed_memory(), faults())"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    before, kept, after = done.stdout.split()
-    if kept == "False":
-        pytest.skip("not glibc")
-    assert int(after) < 100 < int(before)
