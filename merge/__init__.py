@@ -1,23 +1,37 @@
-"""Checkpoint selection (EVL) and model merging: RUNs in, SELECTION and merged WEIGHTS out."""
+"""Checkpoint selection (EVL) and model merging: RUNs in, SELECTION and merged WEIGHTS out.
 
-from .config import MergeConfig, SelectConfig
-from .evl import Candidate, Pick, select_evl
+`momo.merge.diagnose`, `momo.merge.search` and `momo.merge.fisher` evaluate models and are imported by their own names.
+"""
+
+from .config import MergeConfig
+from .evl import Candidate, Pick, select_evl, sweep_epsilon
 from .merging import merge
-from .methods import METHODS, average, task_arithmetic
+from .methods.arithmetic import average, task_arithmetic, task_vector
+from .methods.registry import METHODS
+from .plan import MergePlan, make_plan, merged_state
+from .select_config import SelectConfig
 from .selecting import select
 from .selection import Selection, read_selection
+from .sources import Source, open_source
 
 __all__ = [
     "METHODS",
     "Candidate",
     "MergeConfig",
+    "MergePlan",
     "Pick",
     "SelectConfig",
     "Selection",
+    "Source",
     "average",
+    "make_plan",
     "merge",
+    "merged_state",
+    "open_source",
     "read_selection",
     "select",
     "select_evl",
+    "sweep_epsilon",
     "task_arithmetic",
+    "task_vector",
 ]

@@ -2,125 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import safe_open
 
 from momo.errors import MergeError
-from momo.files import atomic_folder
-from momo.weights import Card, save_weights, weights_paths
+from momo.extras import require
+from momo.files import atomic_folder, write_json
+from momo.weights import CARD_NAME, TENSORS_NAME
 
-from .audit import Parent, audit, is_made, open_parent
+from .card import card_metadata, merged_card
 from .config import MergeConfig
-from .methods import METHODS
-from .selection import read_selection
+from .plan import MergePlan, make_plan
+from .stream import free_bytes, memory_bytes, output_bytes, write_merged
+
+_SHOWN = 12
 
 
-def merge(config: MergeConfig) -> Path:
+def merge(config: MergeConfig) -> Path | None:
     """Merges checkpoints and writes WEIGHTS with a card that names every parent.
+
+    The parents are mapped and merged piece by piece, so memory does not grow with the model. The result does not
+    depend on the order of the checkpoints or on the number of threads, bit for bit.
 
     Args:
         config: What to merge and how.
 
     Returns:
-        The new weights folder.
+        The new weights folder; None with `dry_run`.
 
     Raises:
-        CheckpointError: A parent is missing, damaged or altered.
-        MergeError: The parents do not fit together, or an integer tensor differs between them.
-        DataError: `out` exists.
+        CheckpointError: A parent is missing or damaged; with `verify`, altered.
+        MergeError: The parents do not fit together, are not finite, an option names what is not there, or the disk
+            is full. What stood at `out` is untouched.
+        DataError: `out` exists and `overwrite` is false.
     """
-    base, checkpoints = _open_parents(config)
-    audit(base, checkpoints)
-    # Fixed order, so that the sums do not depend on how the checkpoints were listed.
-    checkpoints = sorted(checkpoints, key=lambda parent: parent.card.sha256)
-    with atomic_folder(Path(config.out)) as folder:
-        save_weights(folder, _merged_tensors(config, base, checkpoints), _merged_card(config, base, checkpoints))
-    scale = f", coefficient {config.coefficient:g}" if METHODS[config.method].uses_coefficient else ""
-    names = ", ".join(sorted(parent.name for parent in checkpoints))
-    print(f"merged {names} by {config.method}{scale}: {len(base.header)} tensors -> {config.out}")
-    return Path(config.out)
+    plan = make_plan(config)
+    print(describe(plan))
+    if config.dry_run:
+        return None
+    out = Path(config.out)
+    _check_room(out, output_bytes(plan))
+    tqdm = require("tqdm", "merge").tqdm
+    with (
+        atomic_folder(out, replace=config.overwrite) as folder,
+        tqdm(total=output_bytes(plan), unit="B", unit_scale=True, desc="merge", disable=None, leave=False) as bar,
+    ):
+        card = merged_card(plan)
+        card.sha256 = write_merged(plan, folder / TENSORS_NAME, card_metadata(card), bar.update)
+        write_json(folder / CARD_NAME, card.to_dict())
+    print(f"written: {out} (sha256 {card.sha256[:12]})")
+    return out
 
 
-def _open_parents(config: MergeConfig) -> tuple[Parent, list[Parent]]:
-    if config.selection is None:
-        assert config.base is not None
-        named: list[tuple[str, Path, str | None]] = [(_label(Path(p)), Path(p), None) for p in config.checkpoints]
-        base = open_parent("base", "base", Path(config.base))
-    else:
-        selection = read_selection(Path(config.selection))
-        base = open_parent("base", "base", Path(selection.base["path"]))
-        _check_hash("base", selection.base["sha256"], base)
-        named = [(name, Path(chosen.checkpoint), chosen.sha256) for name, chosen in selection.sensors.items()]
-    checkpoints = []
-    for name, path, sha256 in named:
-        parent = open_parent("checkpoint", name, path)
-        if sha256 is not None:
-            _check_hash(name, sha256, parent)
-        checkpoints.append(parent)
-    return base, checkpoints
+def describe(plan: MergePlan) -> str:
+    """Returns what will be merged, in lines for a reader: method, parents, tensors, memory and size."""
+    config, method = plan.config, plan.method
+    size, memory = output_bytes(plan), memory_bytes(plan)
+    lines = [f"{method.name} ({method.reference}): {len(plan.merged)} tensors of {len(plan.parents)} checkpoints"]
+    for parent in plan.everyone:
+        factor = ""
+        if parent.role == "checkpoint" and "coefficients" in method.uses:
+            factor = f"  factor {plan.factors[parent.name]:g}"
+        samples = f"  {parent.card.samples:,} samples" if parent.card is not None and parent.card.samples else ""
+        card = "" if parent.card is not None else "  no card: nothing but its tensors was compared"
+        lines.append(f"  {parent.name:<10} {parent.source.sha256[:12]}  {parent.source.place}{samples}{factor}{card}")
+    scaled = sum(factor != 1 for factor in plan.layers.values())
+    if scaled:
+        low, high = min(plan.layers.values()), max(plan.layers.values())
+        lines.append(f"  layer factors from {low:g} to {high:g}, other than 1 in {scaled} tensors")
+    for giver in sorted(set(plan.rest.values())):
+        lines.append(f"  not merged, from {giver}: {_some(name for name, of in plan.rest.items() if of == giver)}")
+    if plan.dropped:
+        lines.append(f"  not merged, left out: {_some(plan.dropped)}")
+    lines.append(f"  result {size / 1e6:,.1f} MB, memory for tensors about {memory / 1e6:,.1f} MB, {config.precision}")
+    return "\n".join(lines)
 
 
-def _label(path: Path) -> str:
-    card = open_parent("checkpoint", path.name, path).card
-    return "+".join(sensor["name"] for sensor in card.sensors) or path.name
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _SHOWN} more (all in the card)" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more
 
 
-def _check_hash(name: str, wanted: str, parent: Parent) -> None:
-    if parent.card.sha256 != wanted:
+def _check_room(out: Path, needed: int) -> None:
+    room = free_bytes(out.parent)
+    if room < needed:
         raise MergeError(
-            "a weights file is not the one that was selected",
-            seen=f"{name}: {parent.path} has sha256 {parent.card.sha256[:12]}...",
-            rule=f"the selection names {wanted[:12]}...",
-            fix="run momo select again",
+            "the disk is full",
+            seen=f"{room / 1e6:,.0f} MB free at {out.parent}",
+            rule=f"the merged weights take {needed / 1e6:,.0f} MB",
+            fix="make room or choose another out=",
         )
-
-
-def _merged_tensors(config: MergeConfig, base: Parent, checkpoints: Sequence[Parent]) -> dict[str, torch.Tensor]:
-    method = METHODS[config.method]
-    readers = [safe_open(weights_paths(parent.path)[0], framework="pt") for parent in (base, *checkpoints)]
-    merged = {}
-    for name in base.header:
-        start, *tuned = (reader.get_tensor(name) for reader in readers)
-        for parent, tensor in zip((base, *checkpoints), (start, *tuned), strict=True):
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise MergeError("a parent is not finite", seen=f"{name} of {parent.path}", rule="no NaN or infinity")
-        if start.is_floating_point():
-            merged[name] = method.apply(start, tuned, config.coefficient).to(start.dtype)
-        elif all(torch.equal(start, tensor) for tensor in tuned):
-            merged[name] = start
-        else:
-            raise MergeError("an integer tensor differs", seen=name, rule="only floating-point tensors are merged")
-    return merged
-
-
-def _merged_card(config: MergeConfig, base: Parent, checkpoints: Sequence[Parent]) -> Card:
-    method = METHODS[config.method]
-    used: dict[str, Any] = {"name": config.method, "reference": method.reference}
-    if method.uses_coefficient:
-        used["coefficient"] = config.coefficient
-    ordered = sorted(checkpoints, key=lambda parent: parent.name)
-    sensors = [sensor for parent in ordered for sensor in parent.card.sensors]
-    trained = ordered[0].card if is_made(base.card) else base.card
-    normalisation = trained.normalisation if len(sensors) > 1 else ordered[0].card.normalisation
-    if len(sensors) > 1:
-        normalisation = normalisation | {"mean": None, "std": None}
-    return Card(
-        kind="merged",
-        architecture=base.card.architecture,
-        contents=base.card.contents,
-        normalisation=normalisation,
-        objective=trained.objective,
-        sensors=sensors,
-        data_fingerprints={k: v for parent in ordered for k, v in parent.card.data_fingerprints.items()},
-        synthetic=any(parent.card.synthetic for parent in (base, *ordered)),
-        parents=[
-            {"role": p.role, "name": p.name, "sha256": p.card.sha256, "samples": p.card.samples}
-            for p in (base, *ordered)
-        ],
-        method=used,
-        licence=" AND ".join(sorted({parent.card.licence for parent in (base, *ordered)})),
-    )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from momo.errors import MergeError
 from momo.extras import require
-from momo.runs import CONFIG_NAME
-from momo.weights import load_card
 
-from .config import SelectConfig
-from .curves import Curve, read_curve, sensor_order
-from .evl import Pick, distance, early_stop, last, select_evl
+from .comparable import Gate, check_comparable, check_names, find_base, hash_of_checkpoint
+from .curves import Curve, curve_order, read_curve, smoothed_curve
+from .epsilon import auto_epsilon, epsilon_ranges, nearest_ranges, sweep_entries
+from .evl import EpsilonRange, early_stop
 from .plot import plot_selection
+from .rules import Outcome, apply_rule
+from .select_config import SelectConfig
 from .selection import Chosen, Selection
 
 
@@ -30,156 +28,135 @@ def select(config: SelectConfig) -> Path:
         The SELECTION file.
 
     Raises:
-        CheckpointError: A run is missing, empty, or its base is not there.
-        MergeError: The runs do not belong together: other base, other validation protocol, two of one sensor.
+        CheckpointError: A run is missing, empty or damaged, or its base or a chosen checkpoint is not there.
+        MergeError: A curve file is damaged, or the runs do not belong together: other base, other validation protocol,
+            two of one sensor without names.
     """
-    require("matplotlib.figure", "eval")
-    curves = sorted((read_curve(Path(run)) for run in config.runs), key=lambda curve: sensor_order(curve.sensor))
-    _check_comparable(curves)
-    base = _find_base(config, curves)
-    requested = config.epsilon
-    epsilon = requested if requested is not None else epsilon_from_errors(curves)
-    pick, notes = _apply_rule(config.rule, curves, epsilon)
-    if requested is None:
-        notes.insert(0, f"Epsilon {epsilon:.4g} is twice the standard error of a difference of two losses.")
+    require("matplotlib.figure", "merge")
+    read = [read_curve(Path(place), name) for name, place in config.places]
+    curves = sorted((smoothed_curve(curve, config.smoothing) for curve in read), key=curve_order)
+    gate = Gate(config.allow)
+    check_names(curves)
+    base = find_base(config.base, curves, gate)
+    check_comparable(curves, gate)
+    epsilon, notes = _epsilon(config, curves)
+    outcome = apply_rule(config, curves, epsilon)
+    ranges = epsilon_ranges(curves, config.distance) if config.rule == "evl" else []
+    shown = nearest_ranges(ranges, outcome.pick.epsilon) if ranges else []
+    chosen = {c.name: _chosen(c, i, config, gate) for c, i in zip(curves, outcome.pick.indices, strict=True)}
+    notes += outcome.notes + _smoothing_notes(config.smoothing, chosen, outcome.pick.epsilon)
     selection = Selection(
         rule=config.rule,
-        epsilon=pick.epsilon,
-        epsilon_requested=requested,
-        distance=pick.distance,
+        epsilon=outcome.pick.epsilon,
+        epsilon_requested=config.requested_epsilon,
+        distance=outcome.pick.distance,
         base=base,
-        sensors={c.sensor: _chosen(c, i) for c, i in zip(curves, pick.indices, strict=True)},
-        rejected=_rejected(curves, pick),
-        notes=notes,
+        sensors=chosen,
+        rejected=_rejected(curves, outcome, config.smoothing),
+        notes=notes + [note for curve in curves for note in curve.notes] + gate.notes,
+        distance_unit=config.distance,
+        smoothing=config.smoothing,
+        sweep=sweep_entries(curves, shown),
     )
     out = Path(config.out)
+    plot_selection(
+        curves, outcome.pick, config.rule, out.with_suffix(".png"), smoothing=config.smoothing, ranges=ranges
+    )
     selection.write(out)
-    plot_selection(curves, pick, config.rule, out.with_suffix(".png"))
-    print(_table(selection))
-    for note in notes:
+    print(selection_table(selection))
+    if shown:
+        print(sweep_table(selection, shown, len(ranges)))
+    for note in selection.notes:
         print(f"  note: {note}")
     return out
 
 
-def epsilon_from_errors(curves: list[Curve]) -> float:
-    """Returns twice the standard error of the difference of two losses: 2 * sqrt(a^2 + b^2).
-
-    a and b are the two largest of the curves' median standard errors. Losses closer than this cannot be told apart at
-    about the 95 % level.
-
-    Raises:
-        MergeError: A checkpoint has no standard error (one validation tile).
-    """
-    medians = []
-    for curve in curves:
-        errors = [curve.val_loss(i)["stderr"] for i in range(len(curve.checkpoints))]
-        if any(error is None for error in errors):
-            raise MergeError(
-                "a validation loss has no standard error",
-                seen=curve.run,
-                rule="two validation tiles or more",
-                fix="give epsilon=... yourself, or validate on more tiles",
-            )
-        medians.append(sorted(errors)[len(errors) // 2])
-    first, second = sorted(medians)[-2:]
-    return 2 * math.hypot(first, second)
+def _epsilon(config: SelectConfig, curves: Sequence[Curve]) -> tuple[float | None, list[str]]:
+    if config.rule != "evl":
+        return None, []
+    if config.requested_epsilon is not None:
+        return config.requested_epsilon, []
+    auto = auto_epsilon(
+        curves,
+        level=config.level,
+        correction=config.correction,
+        stderr=config.stderr,
+        relative=config.epsilon_relative,
+    )
+    return auto.value, auto.notes
 
 
-def _check_comparable(curves: list[Curve]) -> None:
-    names = [curve.sensor for curve in curves]
-    if len(set(names)) < len(names):
-        raise MergeError("two runs are of one sensor", seen=", ".join(names), rule="one run a sensor")
-    bases = {c.sensor: checkpoint.card.base_sha256 for c in curves for checkpoint in c.checkpoints}
-    if len(set(bases.values())) > 1 or None in bases.values():
-        shown = ", ".join(f"{name} {(sha or 'none')[:12]}" for name, sha in bases.items())
-        raise MergeError(
-            "the runs do not start from one base",
-            seen=shown,
-            rule="task vectors can be added only when they start at the same weights",
-            fix="pretrain every sensor with the same base=...",
-        )
-    protocols = {c.sensor: c.val_loss(i)["protocol"] for c in curves for i in range(len(c.checkpoints))}
-    if len(set(protocols.values())) > 1:
-        shown = ", ".join(f"{name} {protocol[:12]}" for name, protocol in protocols.items())
-        raise MergeError(
-            "the validation losses are not comparable",
-            seen=f"protocols {shown}",
-            rule="same masks, normalisation, loss and input size for all runs",
-            fix="pretrain with the same model, data.normalisation and validation.seed",
-        )
-
-
-def _find_base(config: SelectConfig, curves: list[Curve]) -> dict[str, str]:
-    wanted = curves[0].checkpoints[-1].card.base_sha256
-    assert wanted is not None
-    path = config.base
-    if path is None:
-        stored = yaml.safe_load((curves[0].run / CONFIG_NAME).read_text(encoding="utf-8"))
-        path = str(stored["base"])
-    found = load_card(Path(path)).sha256
-    if found != wanted:
-        raise MergeError(
-            "the base is not the one the runs started from",
-            seen=f"{path} has sha256 {found[:12]}...",
-            rule=f"the runs name {wanted[:12]}...",
-            fix="give the right one with base=...",
-        )
-    return {"path": path, "sha256": wanted}
-
-
-def _apply_rule(rule: str, curves: list[Curve], epsilon: float) -> tuple[Pick, list[str]]:
-    candidates = [curve.candidates for curve in curves]
-    if rule == "evl":
-        pick = select_evl(candidates, epsilon)
-        if pick.feasible:
-            return pick, []
-        return pick, [
-            f"NO TUPLE AGREES within epsilon {epsilon:.4g}: the smallest feasible epsilon "
-            f"{pick.epsilon:.4g} was used instead, so these losses are not equal at the level asked for."
-        ]
-    indices = tuple((early_stop if rule == "early_stop" else last)(curve) for curve in candidates)
-    losses = [curve[i].loss for curve, i in zip(candidates, indices, strict=True)]
-    spread = max(losses) - min(losses)
-    return Pick(indices, spread, distance(candidates, indices), True), [
-        f"Rule {rule!r} does not look at epsilon; {spread:.4g} is the spread of the chosen losses."
-    ]
-
-
-def _chosen(curve: Curve, index: int) -> Chosen:
-    checkpoint, val_loss = curve.checkpoints[index], curve.val_loss(index)
+def _chosen(curve: Curve, index: int, config: SelectConfig, gate: Gate) -> Chosen:
+    point = curve.points[index]
     return Chosen(
-        run=str(curve.run),
-        checkpoint=str(checkpoint.path),
-        sha256=checkpoint.card.sha256,
-        samples=checkpoint.samples,
-        val_loss=val_loss["loss"],
-        val_stderr=val_loss["stderr"],
-        early_stop_samples=curve.checkpoints[early_stop(curve.candidates)].samples,
+        run=str(curve.place),
+        checkpoint=str(point.checkpoint),
+        sha256=hash_of_checkpoint(point, gate),
+        samples=point.samples,
+        val_loss=point.loss,
+        val_stderr=point.stderr,
+        early_stop_samples=curve.points[early_stop(curve.candidates())].samples,
+        val_loss_smoothed=None if config.smoothing == "none" else curve.smoothed[index],
+        sensor=None if curve.name == curve.sensor else curve.sensor,
     )
 
 
-def _rejected(curves: list[Curve], pick: Pick) -> list[dict[str, Any]]:
-    chosen_losses = [curve.val_loss(i)["loss"] for curve, i in zip(curves, pick.indices, strict=True)]
+def _smoothing_notes(smoothing: str, chosen: dict[str, Chosen], epsilon: float) -> list[str]:
+    if smoothing == "none":
+        return []
+    raw = [pick.val_loss for pick in chosen.values()]
+    notes = [f"The rule saw the losses after smoothing ({smoothing}); val_loss is as measured."]
+    if max(raw) - min(raw) > epsilon:
+        notes.append(
+            f"The measured losses of the picks differ by {max(raw) - min(raw):.4g}, more than epsilon {epsilon:.4g}: "
+            "they are equal only after smoothing."
+        )
+    return notes
+
+
+def _rejected(curves: Sequence[Curve], outcome: Outcome, smoothing: str) -> list[dict[str, Any]]:
     rejected = []
-    for number, (curve, chosen) in enumerate(zip(curves, pick.indices, strict=True)):
-        others = chosen_losses[:number] + chosen_losses[number + 1 :]
-        for index, checkpoint in enumerate(curve.checkpoints):
+    for number, (curve, chosen) in enumerate(zip(curves, outcome.pick.indices, strict=True)):
+        for index, point in enumerate(curve.points):
             if index == chosen:
                 continue
-            loss = curve.val_loss(index)["loss"]
-            gap = max(abs(loss - other) for other in others)
-            far = gap > pick.epsilon
-            reason = f"differs by {gap:.4g} from another chosen loss" if far else "another checkpoint ranked before it"
-            rejected.append({"sensor": curve.sensor, "samples": checkpoint.samples, "val_loss": loss, "reason": reason})
+            entry: dict[str, Any] = {"sensor": curve.name, "samples": point.samples, "val_loss": point.loss}
+            if smoothing != "none":
+                entry["val_loss_smoothed"] = curve.smoothed[index]
+            rejected.append(entry | {"reason": outcome.reason(number, index)})
     return rejected
 
 
-def _table(selection: Selection) -> str:
-    lines = [f"rule {selection.rule}, epsilon {selection.epsilon:.4g}, distance {selection.distance:,.0f} samples"]
-    lines.append(f"  {'sensor':<8} {'samples':>12} {'val loss':>9} {'+-':>8} {'early stop at':>14}")
+def selection_table(selection: Selection) -> str:
+    """Returns the picks as a text table."""
+    smoothed = selection.smoothing != "none"
+    width = max(8, *(len(name) for name in selection.sensors))
+    title = f"rule {selection.rule}, epsilon {selection.epsilon:.4g}, "
+    title += f"distance {selection.distance:,.{0 if selection.distance_unit == 'samples' else 2}f} "
+    title += selection.distance_unit + (f", smoothing {selection.smoothing}" if smoothed else "")
+    header = f"  {'sensor':<{width}} {'samples':>12} {'val loss':>9} {'+-':>8}"
+    lines = [title, header + (f" {'smoothed':>9}" if smoothed else "") + f" {'early stop at':>14}"]
     for name, chosen in selection.sensors.items():
         error = f"{chosen.val_stderr:.4f}" if chosen.val_stderr is not None else "-"
+        middle = f" {chosen.val_loss_smoothed:>9.4f}" if chosen.val_loss_smoothed is not None else ""
         lines.append(
-            f"  {name:<8} {chosen.samples:>12,} {chosen.val_loss:>9.4f} {error:>8} {chosen.early_stop_samples:>14,}"
+            f"  {name:<{width}} {chosen.samples:>12,} {chosen.val_loss:>9.4f} {error:>8}{middle} "
+            f"{chosen.early_stop_samples:>14,}"
         )
+    return "\n".join(lines)
+
+
+def sweep_table(selection: Selection, shown: Sequence[EpsilonRange], total: int) -> str:
+    """Returns the sweep as a text table; an arrow marks the range that was used."""
+    names = list(selection.sensors)
+    widths = [max(11, len(name)) for name in names]
+    cut = f" ({len(shown)} of {total} ranges, around the one used)" if len(shown) < total else ""
+    lines = [f"what other epsilons pick{cut}: samples by sensor"]
+    columns = " ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+    lines.append(f"     {'epsilon from':>12} {'below':>10} {'distance':>12} {columns}")
+    for found, entry in zip(shown, selection.sweep, strict=True):
+        used = found.low <= selection.epsilon < found.high
+        picks = " ".join(f"{entry['samples'][name]:>{width},}" for name, width in zip(names, widths, strict=True))
+        high = "-" if entry["high"] is None else f"{found.high:.5g}"
+        lines.append(f"  {'->' if used else '  '} {found.low:>12.5g} {high:>10} {found.distance:>12,.2f} {picks}")
     return "\n".join(lines)

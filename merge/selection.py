@@ -1,4 +1,7 @@
-"""SELECTION: one YAML file that says which checkpoint of each sensor is merged, and why."""
+"""SELECTION: one YAML file that says which checkpoint of each sensor is merged, and why.
+
+Keys are only ever added, with a default, so the version stays and older files are read.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,23 @@ from momo.files import write_text
 
 FORMAT = "momo-selection"
 FORMAT_VERSION = 1
+_TIMM = "timm:"  # a place that is no path
 
 
 @dataclass(kw_only=True)
 class Chosen:
-    """The checkpoint of one sensor.
+    """The checkpoint of one run.
 
     Attributes:
-        run: RUN folder.
-        checkpoint: Checkpoint folder.
-        sha256: Hash of its tensors file.
+        run: RUN folder, or the curve file.
+        checkpoint: Checkpoint folder or file.
+        sha256: Hash of its tensors file; empty when it was not there and that was let through.
         samples: Training samples it has seen.
-        val_loss: Its validation loss.
+        val_loss: Its validation loss as measured.
         val_stderr: Standard error of that loss; None with one tile.
-        early_stop_samples: Samples of the run's lowest validation loss.
+        early_stop_samples: Samples of the run's lowest validation loss, after smoothing.
+        val_loss_smoothed: The loss the rule saw; None without smoothing.
+        sensor: The sensor, where the key is a name of the user's; else None.
     """
 
     run: str
@@ -38,6 +44,8 @@ class Chosen:
     val_loss: float
     val_stderr: float | None
     early_stop_samples: int
+    val_loss_smoothed: float | None = None
+    sensor: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -45,15 +53,18 @@ class Selection:
     """What was selected. Paths are relative to the file's folder, so a whole project folder can be moved.
 
     Attributes:
-        rule: `evl`, `early_stop` or `last`.
+        rule: `evl`, `early_stop`, `last`, `at_samples` or `at_loss`.
         epsilon: Largest difference between the chosen losses that counted as equal.
         epsilon_requested: The user's epsilon; None when it came from the standard errors.
         distance: Mean distance from the early-stopping checkpoints, in `distance_unit`.
         base: `path` and `sha256` of the shared base.
-        sensors: Sensor name to its checkpoint.
+        sensors: Sensor, or name of the run, to its checkpoint.
         rejected: Every other checkpoint with the reason.
         notes: What a reader must know, in sentences.
-        distance_unit: `samples`.
+        distance_unit: `samples` or `steps`.
+        smoothing: What the rule saw of the curves: `none`, `running_min` or `isotonic`.
+        sweep: For `evl`, ranges of epsilon around the one used, each with what it picks: `low` (included), `high`
+            (excluded; None: no end), `distance` and `samples` by sensor.
         format: `momo-selection`.
         format_version: Version of this layout.
     """
@@ -67,13 +78,16 @@ class Selection:
     rejected: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     distance_unit: str = "samples"
+    smoothing: str = "none"
+    sweep: list[dict[str, Any]] = field(default_factory=list)
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
     def write(self, path: Path) -> None:
         """Writes the file in one step, with paths made relative to its folder."""
         fields = dataclasses.asdict(self)
-        fields["base"]["path"] = os.path.relpath(fields["base"]["path"], path.parent)
+        if not fields["base"]["path"].startswith(_TIMM):
+            fields["base"]["path"] = os.path.relpath(fields["base"]["path"], path.parent)
         for chosen in fields["sensors"].values():
             for key in ("run", "checkpoint"):
                 chosen[key] = os.path.relpath(chosen[key], path.parent)
@@ -90,7 +104,7 @@ def read_selection(path: Path) -> Selection:
         fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MergeError("the selection does not exist", seen=path, fix="make it with momo select") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise MergeError("the selection is not YAML", seen=f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT or fields.get("format_version") != FORMAT_VERSION:
         raise MergeError(
@@ -101,7 +115,8 @@ def read_selection(path: Path) -> Selection:
         )
     folder = Path(path).parent
     try:
-        fields["base"]["path"] = str(folder / fields["base"]["path"])
+        if not fields["base"]["path"].startswith(_TIMM):
+            fields["base"]["path"] = str(folder / fields["base"]["path"])
         for name, chosen in fields["sensors"].items():
             chosen["run"], chosen["checkpoint"] = (str(folder / chosen[key]) for key in ("run", "checkpoint"))
             fields["sensors"][name] = Chosen(**chosen)

@@ -85,7 +85,7 @@ def config_from_layers(schema: type[ConfigT], layers: Sequence[tuple[str, Any]])
             if not isinstance(values, dict):
                 raise ConfigError("a configuration is not a mapping", seen=source, rule="top level is key: value")
             _check_keys(schema, values, "", source)
-            config = OmegaConf.merge(config, OmegaConf.create(values))
+            config = _merged(config, values, source)
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise ConfigError(
@@ -102,6 +102,18 @@ def config_from_layers(schema: type[ConfigT], layers: Sequence[tuple[str, Any]])
             "a configuration value does not fit",
             seen=f"{error.full_key or '(top level)'} in {source}: {reason}",
             fix="see the keys and types with --show-config",
+        ) from error
+
+
+def _merged(config: Any, values: dict[str, Any], source: str) -> Any:
+    try:
+        return OmegaConf.merge(config, OmegaConf.create(values))
+    except TypeError as error:  # OmegaConf's own, for a list where another layer has a mapping
+        raise ConfigError(
+            "a key is a list in one place and a mapping in another",
+            seen=f"{', '.join(values)} in {source}",
+            rule="one kind of value a key",
+            fix="give the key once",
         ) from error
 
 

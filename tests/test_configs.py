@@ -32,6 +32,14 @@ def test_the_recipe_of_the_paper_loads():
     assert config.strata.tiles == 4_000_000 and config.split.by == "healpix" and config.tile_size == 224
 
 
+def test_joint_training_loads():
+    schema, _ = COMMANDS["pretrain"].load()
+    path = CONFIGS / "recipe" / "pretrain_joint.yaml"
+    config = load_config(schema, path, ["base=b", "out=o", "train.samples=300"])
+    assert len(config.data.corpora) == 3 and config.train.samples == 300 and config.base == "b"
+    assert all(f"{key}=" in path.read_text() for key in ("base", "out", "train.samples"))
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "real").glob("*.yaml")), ids=lambda path: path.stem)
 def test_real_data_configs_load(path, monkeypatch):
     monkeypatch.setenv("MOMO_REAL_DATA", "somewhere")

@@ -64,17 +64,21 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--show-config", action="store_true")
     parser.add_argument("overrides", nargs="*")
     parsed, unknown = parser.parse_known_args(rest)
+    switches = [flag for flag in unknown if _is_switch(flag, schema)]
+    unknown = [flag for flag in unknown if flag not in switches]
     if unknown:
         raise ConfigError(
             "unknown flag",
             seen=" ".join(unknown),
-            rule="flags are --config, --show-config and --help; everything else is KEY=VALUE",
+            rule="flags are --config, --show-config, --help and --KEY for a key that is true or false; "
+            "everything else is KEY=VALUE",
             fix=_flag_as_key(unknown[0], rest, schema) or f"see momo {command.name} --help",
         )
     if parsed.help:
         print(command_help(command, schema))
         return 0
     overrides = [_override(command, item) for item in parsed.overrides]
+    overrides += [f"{_key(flag)}=true" for flag in switches]
     if parsed.show_config:
         print(_all_options(command, schema, parsed.config, overrides))
         return 0
@@ -94,6 +98,16 @@ def _command(arguments: list[str]) -> tuple[Command, list[str]]:
     )
 
 
+def _key(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def _is_switch(flag: str, schema: type) -> bool:
+    """Says whether a flag such as `--dry-run` stands for a key that is true or false."""
+    defaults = {known: default for known, default, _ in describe_options(schema)}
+    return flag.startswith("--") and defaults.get(_key(flag)) in ("True", "False")
+
+
 def _flag_as_key(flag: str, rest: list[str], schema: type) -> str | None:
     """Says how a flag such as `--resume auto` is written here, when a key has its name."""
     name, _, value = flag.lstrip("-").partition("=")
@@ -111,7 +125,7 @@ def _override(command: Command, item: str) -> str:
     if command.positional:
         return f"{command.positional}={item}"
     inner = [name for name in COMMANDS if name.startswith(f"{command.name} ")]
-    near = difflib.get_close_matches(f"{command.name} {item}", inner, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(f"{command.name} {item}", inner, n=1, cutoff=0.7)
     raise ConfigError(
         "an argument cannot be read",
         seen=item,
@@ -131,7 +145,6 @@ def general_help() -> str:
         "",
         "  momo COMMAND --help          the main keys and an example",
         "  momo COMMAND --show-config   every key with its value and meaning",
-        "",
         "example: momo demo out=demo",
         "exit codes: 0 done, 3 done but some products failed, 2 something you can mend, 1 a bug in momo",
     ]

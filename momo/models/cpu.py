@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from typing import Any
 
@@ -13,22 +12,6 @@ from torch.nn import functional as F
 # Of two threads oneDNN gives products of this size to one, those of ViT-B's encoder at batch 15 to 25; it shares out
 # either half of the rows (docs/performance.md).
 _ONE_THREAD_ROWS, _ONE_THREAD_COLUMNS = range(750, 1251), 768
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's numbers, malloc.h of glibc
-
-
-def keep_freed_memory() -> bool:
-    """Asks the C library to keep freed memory in the process instead of handing it back to the system.
-
-    Activations of tens of megabytes are otherwise mapped, zeroed and unmapped at every use: 3 to 8 % of a step of
-    ViT-B/16 at batch 16 (docs/performance.md).
-
-    Returns:
-        False where the C library is not glibc; nothing is changed then.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_MMAP_THRESHOLD, 2**30) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
 
 
 class Linear(nn.Linear):

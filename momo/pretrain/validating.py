@@ -16,13 +16,13 @@ from ..corpus import Corpus
 from ..errors import CheckpointError, ConfigError, DataError
 from ..extras import require
 from ..files import write_json
-from ..models import Architecture, MaskedAutoencoder, build_mae
-from ..models.objective import make_objective
+from ..models import Architecture, MaskedAutoencoder
 from ..normalise import POLICIES, Normalisation
 from ..runs import CONFIG_NAME, read_checkpoints
 from ..version import __version__
 from ..weights import TENSORS_NAME, Card, load_card, load_weights
-from .config import LossOptions, ValidationOptions
+from .config import ValidationOptions
+from .from_card import autoencoder_of
 from .validation import protocol_hash, validate_model
 from .validation_tiles import ValidationTiles
 
@@ -75,10 +75,10 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     cards = [_whole_card(path) for _, path in places]
     run = _run_options(Path(config.weights))
     options = _options(config, run)
-    corpora = _open_corpora(config, run)
+    corpora = open_corpora(config, run)
     for (_, path), card in zip(places, cards, strict=True):
         for corpus in corpora:
-            _check_size(path, card, corpus)
+            check_size(path, card, corpus)
             normalisation_for(card, corpus, config.normalisation)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     shelf = _Shelf(corpora, options, config.cache_mb)
@@ -138,7 +138,12 @@ def _whole_card(path: Path) -> Card:
     return card
 
 
-def _check_size(path: Path, card: Card, corpus: Corpus) -> None:
+def check_size(path: Path, card: Card, corpus: Corpus) -> None:
+    """Refuses tiles of another size than the weights take.
+
+    Raises:
+        CheckpointError: The sizes differ.
+    """
     size = Architecture.from_dict(card.architecture).image_size
     if size != corpus.manifest.tile_size:
         raise CheckpointError(
@@ -152,26 +157,10 @@ def _check_size(path: Path, card: Card, corpus: Corpus) -> None:
 def _load_model(
     path: Path, card: Card, limit: float, lpips_backbone: str | None, device: torch.device
 ) -> MaskedAutoencoder:
-    """Loads a whole autoencoder with the loss its card names; a card that names none is of the plain one."""
-    model = build_mae(
-        Architecture.from_dict(card.architecture),
-        seed=0,
-        mask_ratio=card.objective.get("mask_ratio", 0.75),
-        norm_pix_loss=card.objective.get("norm_pix_loss", False),
-    )
-    tensors, _ = load_weights(path, expected=model.state_dict())
-    model.load_state_dict(tensors)
-    if "loss" in card.objective:
-        # Terms that weigh nothing may be left out of a card.
-        weights = {"mse": 0.0, **card.objective["loss"], "lpips_backbone": lpips_backbone}
-        model.objective = make_objective(
-            LossOptions(**weights),
-            patch_size=model.architecture.patch_size,
-            norm_pix_loss=model.norm_pix_loss,
-            limit=limit,
-            device=device,
-        )
-    return model.to(device)
+    """Loads a whole autoencoder with the loss its card names."""
+    model = autoencoder_of(card, limit=limit, lpips_backbone=lpips_backbone, device=device)
+    model.load_state_dict(load_weights(path, expected=model.state_dict())[0])
+    return model
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -202,7 +191,17 @@ def _options(config: ValidateConfig, run: dict[str, Any]) -> ValidationOptions:
     return ValidationOptions(**values)
 
 
-def _open_corpora(config: ValidateConfig, run: dict[str, Any]) -> list[Corpus]:
+def open_corpora(config: ValidateConfig, run: dict[str, Any]) -> list[Corpus]:
+    """Opens the corpora to validate on: those named, or those of the run.
+
+    Args:
+        config: The job.
+        run: The run's configuration, or empty.
+
+    Raises:
+        ConfigError: No corpus is named, or two are of one sensor.
+        DataError: One cannot be opened or has no validation tile.
+    """
     paths = config.corpora or (run.get("data") or {}).get("corpora") or []
     if not paths:
         raise ConfigError(

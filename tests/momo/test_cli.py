@@ -16,8 +16,17 @@ from momo.config import describe_options, nested_schema
 def test_the_surface_is_frozen():
     """New knobs go into the configuration; a new command or flag changes this test on purpose."""
     inner = ["prep describe", "prep verify", "prep import"]
-    later = ["pretrain", "pretrain init", "validate", "select", "merge", "eval", "report"]
+    merging = ["select", "merge", "merge diagnose", "merge search", "merge fisher"]
+    later = ["pretrain", "pretrain init", "validate", *merging, "eval", "report"]
     assert list(COMMANDS) == ["demo", "prep", *inner, *later]
+
+
+def test_keys_that_are_true_or_false_may_be_flags(capsys, tmp_path):
+    fields = ["base=b", "checkpoints=[a,c]", "out=m"]
+    assert main(["merge", "--dry-run", "--verify", "--show-config", *fields]) == 0
+    assert "dry_run: true" in (out := capsys.readouterr().out) and "verify: true" in out and "overwrite: false" in out
+    assert main(["merge", "--method", *fields]) == 2
+    assert "unknown flag: --method" in capsys.readouterr().err
 
 
 def test_general_help_fits_a_screen(capsys):
@@ -75,7 +84,11 @@ def test_show_config_resolves_overrides(capsys):
         (["prep", "verify", "none"], "this is no corpus: none"),
         (["merge", "--config", "none.yaml"], "the configuration file does not exist: none.yaml"),
         (["merge", "out=x", "methd=average"], "did you mean 'method'"),
-        (["select", "runs=[no,such]", "out=s.yaml"], "this is no run"),
+        (["select", "runs=[nothing,such]", "out=s.yaml"], "this is no run"),
+        (
+            ["select", "runs=[a,b]", "runs.x=c", "out=s.yaml"],
+            "a key is a list in one place and a mapping in another: runs",
+        ),
         (["merge", "out=x", "selection=none.yaml"], "the selection does not exist"),
     ],
 )
