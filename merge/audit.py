@@ -66,7 +66,7 @@ def audit(base: Parent | None, checkpoints: Sequence[Parent], merged: Sequence[s
         f"the checkpoints do not fit together: {len(rows)} difference(s)",
         seen=f"\n{table}\n",
         rule="base and checkpoints have the same tensors and the checkpoints started from this very base",
-        fix="pretrain every sensor from the same base=..., correct the paths, or leave tensors out by scope and exclude",
+        fix="pretrain every sensor from the same base=..., correct the paths, or leave tensors out by exclude",
     )
 
 

@@ -22,7 +22,7 @@ from .fisher_files import open_fisher
 from .methods.registry import METHODS, Method, Piece
 from .selection import read_selection
 from .sources import Source, open_source
-from .trim import magnitude_threshold
+from .trim import kept_count, magnitude_threshold
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FLOATING = tuple(_DTYPES)
@@ -139,7 +139,7 @@ class MergePlan:
             density=self.config.used_density,
             outliers=self.config.outliers,
             seed=self.config.seed,
-            dtype=torch.float64 if self.config.precision == "fp64" else torch.float32,
+            dtype=self.arithmetic,
         )
 
     @property
@@ -170,22 +170,28 @@ class MergePlan:
             return None
         names = [name for name in self.merged if self.is_floating(name)]
         count = sum(math.prod(self.info(name).shape) for name in names)
-        keep = max(1, round(self.config.used_density * count))
-        base = self.base
-        assert base is not None
+        keep = kept_count(count, self.config.used_density)
+        if keep == count:
+            return [0.0] * len(self.parents)
+        surveys = (functools.partial(self._task_vector, parent, names) for parent in self.parents)
+        return [magnitude_threshold(survey, count=count, keep=keep) for survey in surveys]
 
-        def vectors(parent: Parent) -> Iterator[torch.Tensor]:
-            for name in names:
-                start, tuned = (p.source.tensor(name).reshape(-1) for p in (base, parent))
-                check_finite(base.source, name, start)
-                check_finite(parent.source, name, tuned)
-                for first in range(0, start.numel(), _SURVEY):
-                    part = slice(first, first + _SURVEY)
-                    yield tuned[part].float() - start[part].float()
+    def _task_vector(self, parent: Parent, names: Sequence[str]) -> Iterator[torch.Tensor]:
+        """Yields the task vector of a checkpoint in parts."""
+        assert self.base is not None
+        dtype = self.arithmetic
+        for name in names:
+            start, tuned = (p.source.tensor(name).reshape(-1) for p in (self.base, parent))
+            check_finite(self.base.source, name, start)
+            check_finite(parent.source, name, tuned)
+            for first in range(0, start.numel(), _SURVEY):
+                part = slice(first, first + _SURVEY)
+                yield tuned[part].to(dtype) - start[part].to(dtype)
 
-        return [
-            magnitude_threshold(functools.partial(vectors, parent), count=count, keep=keep) for parent in self.parents
-        ]
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """Dtype of the sums."""
+        return torch.float64 if self.config.precision == "fp64" else torch.float32
 
     @functools.cached_property
     def fisher_sources(self) -> list[Source]:

@@ -176,10 +176,10 @@ class Bench:
         """Compares two merges on the same tiles of a half.
 
         Returns:
-            `gain`, by how much the objective of `found` is lower, its standard error `stderr` over tiles and
-            `stderr_products` (see `momo.pretrain.validation.product_stderr`; None with a single product), and the same
-            with `count` in `per_sensor`. Errors are those of the paired difference. When the worst sensor is not the
-            same in both merges, theirs are differences of independent tiles.
+            `gain`, by how much the objective of `found` is lower; its standard error, `stderr` over tiles and
+            `stderr_products` (see `momo.pretrain.validation.product_stderr`; None with a single product); and in
+            `per_sensor` the same of each loss, with the `count` of tiles and of `products`. Errors are those of the
+            paired difference; when the worst sensors of the two merges differ, of a difference of independent tiles.
         """
         weights = self.weights(half)
         products = {sensor: tiles.products for sensor, tiles in self.meters[half].tiles.items()}
@@ -212,6 +212,7 @@ def _difference(losses: torch.Tensor, products: list[str]) -> dict[str, Any]:
         "stderr": estimate.stderr,
         "stderr_products": product_stderr(losses, products),
         "count": estimate.count,
+        "products": len(set(products)),
     }
 
 

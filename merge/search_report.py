@@ -88,15 +88,18 @@ def gain_lines(report: dict[str, Any]) -> list[str]:
     """Returns one sentence a merge that was to be beaten."""
     lines = []
     for name, gain in report["gains"].items():
-        error = gain["stderr_products"] if gain["stderr_products"] is not None else gain["stderr"]
-        by = "products" if gain["stderr_products"] is not None else "tiles"
-        verdict = "no more than noise" if abs(gain["gain"]) <= 2 * error else "beyond two standard errors"
-        lines.append(
-            f"gain over {name:<8} {gain['gain']:+.5f} +- {gain['stderr']:.5f} over tiles"
-            + (f", +- {error:.5f} over products" if by == "products" else "")
-            + f": {verdict if gain['gain'] else 'the same merge'}"
-        )
+        text = f"gain over {name:<8} {gain['gain']:+.5f} +- {gain['stderr']:.5f} over tiles"
+        largest = gain["stderr"]
+        if gain["stderr_products"] is not None:
+            text += f", +- {gain['stderr_products']:.5f} over {_products(gain)} products"
+            largest = max(largest, gain["stderr_products"])
+        verdict = "beyond two standard errors" if abs(gain["gain"]) > 2 * largest else "no more than noise"
+        lines.append(f"{text}: {verdict if gain['gain'] else 'the same merge'}")
     return lines
+
+
+def _products(gain: dict[str, Any]) -> str:
+    return "+".join(str(own["products"]) for own in gain["per_sensor"].values())
 
 
 def _tiles(report: dict[str, Any]) -> str:

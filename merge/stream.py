@@ -54,7 +54,7 @@ class SafetensorsWriter:
         """
         self._check()
         flat = tensor.detach().reshape(-1).contiguous()
-        self._queue.put(memoryview(flat.view(torch.uint8).numpy()).cast("B"))
+        self._queue.put(flat.view(torch.uint8).numpy().data)
 
     def close(self) -> str:
         """Waits until everything is written.

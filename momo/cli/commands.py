@@ -150,7 +150,7 @@ COMMANDS: dict[str, Command] = {
             "DiagnoseConfig",
             "diagnose",
             ("selection", "merged", "corpora", "out", "samples"),
-            "momo merge diagnose selection=selection.yaml corpora=[corpora/ctx] out=diagnosis",
+            "momo merge diagnose selection=selection.yaml corpora=[c/hirise,c/ctx,c/themis] out=diagnosis",
         ),
         Command(
             "merge search",
@@ -159,7 +159,7 @@ COMMANDS: dict[str, Command] = {
             "SearchConfig",
             "search",
             ("selection", "corpora", "out", "methods", "per", "trials"),
-            "momo merge search selection=selection.yaml corpora=[corpora/ctx] out=merge.yaml",
+            "momo merge search selection=selection.yaml corpora=[c/hirise,c/ctx,c/themis] out=found.yaml",
         ),
         Command(
             "merge fisher",

@@ -113,7 +113,8 @@ class MasterAdamW(torch.optim.Optimizer):
             adamw(
                 masters,
                 self._convert(bucket),
-                *([_flat(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")),
+                [_flat(state["exp_avg"]) for state in states],
+                [_flat(state["exp_avg_sq"]) for state in states],
                 [],
                 [state["step"] for state in states],
                 fused=True,

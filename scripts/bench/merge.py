@@ -51,7 +51,9 @@ from safetensors.torch import load_file, save_file
 base, out, method, *models = sys.argv[1:]
 started = time.perf_counter()
 start, tuned = load_file(base), [load_file(model) for model in models]
-merged = {name: tensor + 0.5 * torch.stack([model[name] - tensor for model in tuned]).sum(0) for name, tensor in start.items()}
+merged = {}
+for name, tensor in start.items():
+    merged[name] = tensor + 0.5 * torch.stack([model[name] - tensor for model in tuned]).sum(0)
 save_file(merged, out + ".safetensors")
 print("seconds", time.perf_counter() - started)
 """

@@ -40,9 +40,9 @@ from torch import nn
 
 from momo.config import load_config
 from momo.data_prep.shards import CorpusWriter, TileRecord
+from momo.memory import keep_freed_memory
 from momo.models import Architecture, MaskedAutoencoder, build_mae
 from momo.models.blocks import Block as MomoBlock
-from momo.memory import keep_freed_memory
 from momo.pretrain import PretrainConfig
 from momo.pretrain.data import open_sources, to_inputs
 from momo.pretrain.engine import Engine

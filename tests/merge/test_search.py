@@ -22,6 +22,7 @@ from momo.merge.search import best_trial, search
 from momo.merge.search_config import SearchConfig
 from momo.merge.search_log import Trial, TrialLog
 from momo.merge.search_losses import Bench, split_halves
+from momo.merge.search_report import gain_lines
 from momo.merge.search_space import Point, Space, depth_groups
 from momo.models import build_mae, load_mae
 from momo.models.masking import mask_noise, sample_rng
@@ -198,6 +199,7 @@ def test_gain_is_the_paired_difference(project, tmp_path):
     assert [gain["per_sensor"][s]["stderr"] for s in ours] == pytest.approx(errors)
     assert gain["stderr"] == pytest.approx(math.hypot(*errors) / 2)
     assert gain["per_sensor"]["HiRISE"]["stderr_products"] == pytest.approx(math.sqrt(2 * (0.5**2 + 0.5**2) / 16))
+    assert (gain["per_sensor"]["CTX"]["products"], gain["per_sensor"]["CTX"]["count"]) == (2, 4)
     assert (bench.score("held_out", ours), bench.score("held_out", other)) == (2.25, (3 + 2.25) / 2)
     bench.objective = "worst"
     worst = bench.gain("held_out", ours, other)
@@ -207,6 +209,14 @@ def test_gain_is_the_paired_difference(project, tmp_path):
     worst = bench.gain("held_out", ours, other)
     spread = math.hypot(math.sqrt(5 / 3 / 4), math.sqrt(2 / 3 / 4))
     assert worst["gain"] == 1.5 and worst["stderr"] == pytest.approx(spread)
+
+
+def test_a_gain_within_the_larger_error_is_called_noise():
+    gain = {"gain": 0.01, "stderr": 0.002, "stderr_products": 0.006, "per_sensor": {"CTX": {"products": 2}}}
+    (line,) = gain_lines({"gains": {"0.5": gain}})
+    assert line.endswith("+- 0.00200 over tiles, +- 0.00600 over 2 products: no more than noise")
+    (line,) = gain_lines({"gains": {"0.5": gain | {"stderr_products": None}}})
+    assert line.endswith("+- 0.00200 over tiles: beyond two standard errors")
 
 
 def test_relative_losses_are_shares_of_the_own_checkpoints(project, tmp_path):
