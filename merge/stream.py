@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import hashlib
 import json
 import os
-import queue
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from .plan import MergePlan, is_finite
 PIECE = 2**18  # entries worked on together: pieces of all parents stay in the cache
 # NaN and infinity of a parent always reach the result, so looking at that is enough.
 _PROPAGATING = frozenset({"task_arithmetic", "average", "weighted_average"})
-_WAITING = 4  # pieces that may wait for the disk
+_AHEAD = 4  # pieces that may wait for the disk
 
 
 class SafetensorsWriter:
-    """Writes a safetensors file front to back, hashing as it goes, beside the work that makes the tensors.
+    """Writes a safetensors file front to back and hashes what it writes.
 
     Args:
         path: File to write.
@@ -39,73 +39,43 @@ class SafetensorsWriter:
     def __init__(self, path: Path, header: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
         self._path = path
         self._digest = hashlib.sha256()
-        self._queue: queue.Queue[memoryview | None] = queue.Queue(_WAITING)
-        self._error: OSError | None = None
-        self._stream = open(path, "wb", buffering=0)  # noqa: SIM115 - closed in _stop
+        self._stream = open(path, "wb", buffering=0)  # noqa: SIM115 - closed in __exit__
         self._put(memoryview(_header_bytes(header, metadata)))
-        self._thread = threading.Thread(target=self._work, name="write merged weights", daemon=True)
-        self._thread.start()
 
     def write(self, tensor: torch.Tensor) -> None:
-        """Appends a tensor or a part of one; its memory must not be changed afterwards.
+        """Appends a tensor or a part of one.
 
         Raises:
-            MergeError: An earlier piece could not be written.
+            MergeError: It cannot be written.
         """
-        self._check()
-        flat = tensor.detach().reshape(-1).contiguous()
-        self._queue.put(flat.view(torch.uint8).numpy().data)
+        self._put(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().data)
 
-    def close(self) -> str:
-        """Waits until everything is written.
-
-        Returns:
-            The SHA-256 of the file.
-
-        Raises:
-            MergeError: A piece could not be written.
-        """
-        self._stop()
-        self._check()
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of what was written."""
         return self._digest.hexdigest()
 
-    def _stop(self) -> None:
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-        self._stream.close()
-
-    def _check(self) -> None:
-        if self._error is not None:
-            full = self._error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    def _put(self, piece: memoryview) -> None:
+        try:
+            while len(piece):
+                done = self._stream.write(piece)
+                assert done is not None
+                self._digest.update(piece[:done])
+                piece = piece[done:]
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             raise MergeError(
                 "the disk is full" if full else "the merged weights cannot be written",
-                seen=f"{self._path.parent}: {self._error.strerror}",
+                seen=f"{self._path.parent}: {error.strerror}",
                 rule="the file is written beside its final place, so what was there before is untouched",
                 fix="make room or choose another out=, and merge again",
-            ) from self._error
-
-    def _work(self) -> None:
-        while (piece := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # keeps taking, so that the maker of the pieces is not held up for ever
-            try:
-                self._put(piece)
-            except OSError as error:
-                self._error = error
-
-    def _put(self, piece: memoryview) -> None:
-        while len(piece):
-            done = self._stream.write(piece)
-            assert done is not None
-            self._digest.update(piece[:done])
-            piece = piece[done:]
+            ) from error
 
     def __enter__(self) -> SafetensorsWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stop()
+        self._stream.close()
 
 
 def _header_bytes(header: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
@@ -153,8 +123,8 @@ def memory_bytes(plan: MergePlan) -> int:
     """Returns about how much memory the tensors take at most while streaming; mapped files not counted."""
     width = 8 if plan.config.precision == "fp64" else 4
     if plan.elementwise:
-        return (4 + _WAITING) * PIECE * width
-    return 4 * width * max(_size(info) // _BYTES[info.dtype] for info in output_header(plan).values())
+        return (3 + _AHEAD) * PIECE * width
+    return (3 + _AHEAD) * width * max(_size(info) // _BYTES[info.dtype] for info in output_header(plan).values())
 
 
 def write_merged(
@@ -179,14 +149,15 @@ def write_merged(
     """
     header = output_header(plan)
     keep_freed_memory()
-    with _one_thread(plan.elementwise), SafetensorsWriter(path, header, metadata) as writer:
+    with SafetensorsWriter(path, header, metadata) as writer, _Behind(writer.write) as disk, _threads(plan):
         for name in header:
             for piece in _pieces(plan, name):
                 if not is_finite(piece):
                     raise _not_finite(plan, name)
-                writer.write(piece)
+                disk.put(piece)
                 advance(piece.numel() * piece.element_size())
-        return writer.close()
+        disk.wait()
+        return writer.sha256
 
 
 def _pieces(plan: MergePlan, name: str) -> Iterator[torch.Tensor]:
@@ -207,6 +178,44 @@ def _pieces(plan: MergePlan, name: str) -> Iterator[torch.Tensor]:
         yield plan.method.apply(plan.piece(name, parts, fishers=of_fishers)).to(dtype)
 
 
+class _Behind:
+    """Does something with pieces on a thread of its own, a few pieces behind the caller; errors reach the caller."""
+
+    def __init__(self, work: Callable[[torch.Tensor], None]) -> None:
+        self._work = work
+        self._pool = ThreadPoolExecutor(1, "merge")
+        self._waiting: collections.deque[Future[None]] = collections.deque()
+
+    def put(self, piece: torch.Tensor) -> None:
+        """Hands a piece over."""
+        self._waiting.append(self._pool.submit(self._work, piece))
+        if len(self._waiting) > _AHEAD:
+            self._waiting.popleft().result()
+
+    def wait(self) -> None:
+        """Waits until all is done."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _threads(plan: MergePlan) -> Iterator[None]:
+    """Leaves a core to writing and hashing: pieces in the cache gain little from a second thread."""
+    before = torch.get_num_threads()
+    if plan.elementwise:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _not_finite(plan: MergePlan, name: str) -> MergeError:
     """Returns the error for a result that is no number; raises it for the parent that is none."""
     plan.check_finite(name, plan.stored(name))
@@ -216,18 +225,6 @@ def _not_finite(plan: MergePlan, name: str) -> MergeError:
         rule="no NaN or infinity",
         fix="use smaller coefficients, or dtype=float32",
     )
-
-
-@contextlib.contextmanager
-def _one_thread(wanted: bool) -> Iterator[None]:
-    """Leaves the other cores to writing and hashing: pieces in the cache gain little from a second thread."""
-    before = torch.get_num_threads()
-    if wanted:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def free_bytes(folder: Path) -> int:

@@ -13,6 +13,8 @@ import torch
 from .blocks import (
     check_coefficients,
     check_tensors,
+    flat,
+    parts,
     relative_weights,
     scratch,
     task_vector_blocks,
@@ -113,10 +115,20 @@ def task_arithmetic(
     check_tensors(base, tuned, dtype)
     check_coefficients(coefficients, tuned)
     merged = torch.empty(base.shape, dtype=dtype)
-    for start, total, deltas in task_vector_blocks(base, tuned, merged):
-        total.zero_()
-        for coefficient, delta in zip(coefficients, deltas, strict=True):
-            total.add_(delta.mul_(coefficient))
+    shared = len(set(coefficients)) == 1  # then the sum is scaled once
+    starts, models, results = flat(base), [flat(tensor) for tensor in tuned], merged.view(-1)
+    buffer = scratch(base, dtype)
+    for part in parts(base.numel()):
+        start, total = starts[part].to(dtype), results[part]
+        for number, (coefficient, model) in enumerate(zip(coefficients, models, strict=True)):
+            delta = buffer[: len(total)] if number else total
+            torch.sub(model[part].to(dtype), start, out=delta)
+            if not shared:
+                delta.mul_(coefficient)
+            if number:
+                total.add_(delta)
+        if shared:
+            total.mul_(coefficients[0])
         total.add_(start)
     return merged
 

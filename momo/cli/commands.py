@@ -150,7 +150,7 @@ COMMANDS: dict[str, Command] = {
             "DiagnoseConfig",
             "diagnose",
             ("selection", "merged", "corpora", "out", "samples"),
-            "momo merge diagnose selection=selection.yaml corpora=[c/hirise,c/ctx,c/themis] out=diagnosis",
+            "momo merge diagnose selection=selection.yaml corpora=[c/hirise,c/ctx] out=diagnosis",
         ),
         Command(
             "merge search",

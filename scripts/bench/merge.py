@@ -30,9 +30,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from momo.models import Architecture, build_mae
+from momo.normalise import Normalisation
+from momo.weights import TENSORS_NAME, Card, save_weights
 
 SENSORS = ("hirise", "ctx", "themis")
 MOMO = """
@@ -69,15 +70,27 @@ class Measured:
 
 
 def make_models(folder: Path, size: str) -> list[Path]:
-    """Writes a base and three checkpoints near it; returns their paths, the base first."""
-    paths = [folder / f"{name}.safetensors" for name in ("base", *SENSORS)]
-    start = {
-        name: tensor.contiguous() for name, tensor in build_mae(Architecture(size=size), seed=0).state_dict().items()
-    }
-    for number, path in enumerate(paths):
+    """Writes a base and three checkpoints near it, as WEIGHTS; returns their tensor files, the base first."""
+    architecture = Architecture(size=size)
+    start = build_mae(architecture, seed=0).state_dict()
+    parents: list[dict[str, str]] = []
+    paths = []
+    for number, name in enumerate(("base", *SENSORS)):
         generator = torch.Generator().manual_seed(number)
         step = 0.01 if number else 0.0
-        save_file({k: t + step * torch.randn(t.shape, generator=generator) for k, t in start.items()}, path)
+        card = Card(
+            kind="checkpoint" if number else "base",
+            architecture=architecture.to_dict(),
+            contents=["encoder", "decoder"],
+            normalisation=Normalisation().to_dict(),
+            sensors=[{"name": name}] if number else [],
+            parents=list(parents),
+        )
+        (folder / name).mkdir()
+        tensors = {k: t + step * torch.randn(t.shape, generator=generator) for k, t in start.items()}
+        sha256 = save_weights(folder / name, tensors, card)
+        parents = parents or [{"role": "base", "name": "base", "sha256": sha256}]
+        paths.append(folder / name / TENSORS_NAME)
     largest = max(tensor.numel() for tensor in start.values()) * 4 / 1e6
     print(f"ViT-{size} autoencoder: {paths[0].stat().st_size / 1e9:.2f} GB a file, largest tensor {largest:.1f} MB")
     return paths

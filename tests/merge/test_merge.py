@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ import yaml
 
 from momo.cli import main
 from momo.errors import CheckpointError, ConfigError, DataError, MergeError
-from momo.merge import MergeConfig, SelectConfig, make_plan, merge, select
+from momo.merge import METHODS, MergeConfig, SelectConfig, make_plan, merge, select
 from momo.models import build_mae
 from momo.weights import load_card, load_weights, save_weights
 from tests.conftest import PICO, write_weights
 from tests.merge.runs_helper import write_run
 
+DOCS = Path(__file__).parents[2] / "docs"
 SENSORS = ("HiRISE", "CTX", "THEMIS")
 LOSSES = ([0.9, 0.6, 0.4], [0.8, 0.62, 0.5], [0.95, 0.7, 0.61])
 
@@ -326,3 +328,22 @@ BOTH = {"base": "b", "checkpoints": ["a", "c"]}
 def test_configuration_errors(fields, message):
     with pytest.raises(ConfigError, match=message):
         MergeConfig(**({"out": "m"} | fields))
+
+
+# --- the documentation ----------------------------------------------------------------------------------------------
+
+
+def test_the_documented_example_runs(copy, monkeypatch, capsys):
+    monkeypatch.chdir(copy)
+    for name, sensor in (("ctx", "CTX"), ("themis", "THEMIS")):
+        shutil.copytree(copy / sensor / "checkpoints/samples-000000300", copy / "weights" / name)
+    shutil.copytree(copy / "base", copy / "weights/base")
+    text = (DOCS / "merging.md").read_text()
+    exec(compile(text.split("```python\n")[1].split("```")[0], "merging.md", "exec"), {})
+    assert load_card(copy / "weights/merged").method["coefficient"] == 0.5
+    assert "tensor(" in capsys.readouterr().out
+
+
+def test_every_method_is_documented():
+    text = (DOCS / "merging.md").read_text()
+    assert not [name for name in METHODS if f"`{name}`" not in text]

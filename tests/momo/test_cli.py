@@ -139,7 +139,7 @@ def run_hiding(hidden, code):
 
 
 OPTIONAL = {"deepspeed", "osgeo", "webdataset", "matplotlib", "pyarrow", "sklearn", "scipy", "tensorboard", "tqdm",
-            "jinja2", "dask"}  # fmt: skip
+            "jinja2", "dask", "optuna"}  # fmt: skip
 
 
 def test_import_needs_only_the_core():
@@ -154,7 +154,7 @@ def test_import_needs_only_the_core():
     [
         (["demo"], "deepspeed", "pretrain"),
         (["pretrain", "data.corpora=[c]", "out=r"], "deepspeed", "pretrain"),
-        (["select", "runs=[a,b]", "out=s.yaml"], "matplotlib", "eval"),
+        (["select", "runs=[a,b]", "out=s.yaml"], "matplotlib", "merge"),
         (["prep", "products=[p]", "out=c"], "osgeo", "prep"),
     ],
 )
