@@ -61,12 +61,12 @@ def check_globs(key: str, globs: Sequence[str], names: Sequence[str]) -> None:
     """
     unknown = [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]
     if unknown:
-        groups = list(dict.fromkeys(_BLOCK.sub(r"\g<stack>.*.", name) for name in names))
+        groups = list(dict.fromkeys(f"{m[0]}*" if (m := _BLOCK.match(name)) else name for name in names))
         raise MergeError(
             f"{key} names layers that are not there",
             seen=", ".join(unknown),
             rule="a glob of tensor names that matches at least one",
-            fix=f"names are like {', '.join(groups[:6])}",
+            fix=f"names are like {', '.join(groups[:10])}",
         )
 
 
