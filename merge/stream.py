@@ -24,7 +24,7 @@ from .plan import MergePlan, is_finite
 PIECE = 2**18  # entries worked on together: pieces of all parents stay in the cache
 # NaN and infinity of a parent always reach the result, so looking at that is enough.
 _PROPAGATING = frozenset({"task_arithmetic", "average", "weighted_average"})
-_AHEAD = 4  # pieces that may wait for the disk
+_AHEAD = 4  # pieces that may wait for the disk; of whole tensors one
 
 
 class SafetensorsWriter:
@@ -109,7 +109,11 @@ def output_header(plan: MergePlan) -> dict[str, TensorInfo]:
     for name in plan.names:
         info = plan.info(name)
         if info.dtype not in _BYTES:
-            raise MergeError("a tensor has a dtype that momo cannot write", seen=f"{name}: {info.dtype}")
+            raise MergeError(
+                "a tensor has a dtype that momo cannot write",
+                seen=f"{name}: {info.dtype}",
+                fix="leave it out: exclude and rest=drop",
+            )
         infos[name] = info
     return dict(sorted(infos.items(), key=lambda item: (-_BYTES[item[1].dtype], item[0])))
 
@@ -123,8 +127,12 @@ def memory_bytes(plan: MergePlan) -> int:
     """Returns about how much memory the tensors take at most while streaming; mapped files not counted."""
     width = 8 if plan.config.precision == "fp64" else 4
     if plan.elementwise:
-        return (3 + _AHEAD) * PIECE * width
-    return (3 + _AHEAD) * width * max(_size(info) // _BYTES[info.dtype] for info in output_header(plan).values())
+        return (3 + _ahead(plan)) * PIECE * width
+    return (3 + _ahead(plan)) * width * max(_size(info) // _BYTES[info.dtype] for info in output_header(plan).values())
+
+
+def _ahead(plan: MergePlan) -> int:
+    return _AHEAD if plan.elementwise else 1
 
 
 def write_merged(
@@ -149,7 +157,11 @@ def write_merged(
     """
     header = output_header(plan)
     keep_freed_memory()
-    with SafetensorsWriter(path, header, metadata) as writer, _Behind(writer.write) as disk, _threads(plan):
+    with (
+        SafetensorsWriter(path, header, metadata) as writer,
+        _Behind(writer.write, _ahead(plan)) as disk,
+        _threads(plan),
+    ):
         for name in header:
             for piece in _pieces(plan, name):
                 if not is_finite(piece):
@@ -181,15 +193,15 @@ def _pieces(plan: MergePlan, name: str) -> Iterator[torch.Tensor]:
 class _Behind:
     """Does something with pieces on a thread of its own, a few pieces behind the caller; errors reach the caller."""
 
-    def __init__(self, work: Callable[[torch.Tensor], None]) -> None:
-        self._work = work
+    def __init__(self, work: Callable[[torch.Tensor], None], ahead: int) -> None:
+        self._work, self._ahead = work, ahead
         self._pool = ThreadPoolExecutor(1, "merge")
         self._waiting: collections.deque[Future[None]] = collections.deque()
 
     def put(self, piece: torch.Tensor) -> None:
         """Hands a piece over."""
         self._waiting.append(self._pool.submit(self._work, piece))
-        if len(self._waiting) > _AHEAD:
+        if len(self._waiting) > self._ahead:
             self._waiting.popleft().result()
 
     def wait(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 
@@ -204,6 +205,24 @@ def test_a_full_disk_leaves_the_old_output(folder):
     assert done.returncode == 2 and "momo: error: the disk is full" in done.stderr, done.stderr
     assert load_card(folder / "out", check_hash=True).sha256 == before
     assert not list(folder.glob(".*partial*"))
+
+
+def test_a_target_that_takes_no_more_bytes(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with stream_file.SafetensorsWriter(tmp_path / "pipe", {}, {}) as writer:
+        os.close(reader)
+        with pytest.raises(MergeError, match="the merged weights cannot be written: .*Broken pipe"):
+            writer.write(torch.zeros(3))
+
+
+def test_a_dtype_that_cannot_be_written(folder):
+    for name in ("base", "a", "b", "c"):
+        path = folder / f"{name}.safetensors"
+        save_file(load_file(path) | {"eight": torch.zeros(3).to(torch.float8_e4m3fn)}, path)
+    with pytest.raises(MergeError, match="a tensor has a dtype that momo cannot write: eight: F8_E4M3"):
+        merge(job(folder, "average"))
+    merge(job(folder, "average", exclude=["eight"], rest="drop"))
 
 
 def test_too_little_room_is_told_before_writing(folder, monkeypatch):
