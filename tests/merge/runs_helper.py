@@ -14,6 +14,9 @@ from momo.runs import checkpoint_name
 from momo.weights import Card, load_card, save_weights
 from tests.conftest import PICO
 
+SENSORS = ("HiRISE", "CTX", "THEMIS")
+LOSSES = ([0.9, 0.6, 0.4], [0.8, 0.62, 0.5], [0.95, 0.7, 0.61])
+
 
 def write_run(run: Path, base: Path, sensor: str, losses: list[float], *, seed: int = 1, **card_fields) -> Path:
     """Writes a run with one checkpoint a loss, at 100, 200, ... samples; weights drift from the base."""

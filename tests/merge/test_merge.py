@@ -16,31 +16,9 @@ from momo.merge import METHODS, MergeConfig, SelectConfig, make_plan, merge, sel
 from momo.models import build_mae
 from momo.weights import load_card, load_weights, save_weights
 from tests.conftest import PICO, write_weights
-from tests.merge.runs_helper import write_run
+from tests.merge.runs_helper import SENSORS
 
 DOCS = Path(__file__).parents[2] / "docs"
-SENSORS = ("HiRISE", "CTX", "THEMIS")
-LOSSES = ([0.9, 0.6, 0.4], [0.8, 0.62, 0.5], [0.95, 0.7, 0.61])
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    root = tmp_path_factory.mktemp("project")
-    base = write_weights(root / "base")
-    for number, (sensor, losses) in enumerate(zip(SENSORS, LOSSES, strict=True), start=1):
-        write_run(root / sensor, base, sensor, losses, seed=number)
-    return root
-
-
-@pytest.fixture
-def copy(project, tmp_path):
-    """A project that a test may damage; the runs name the copy's own base."""
-    root = tmp_path / "project"
-    shutil.copytree(project, root)
-    for sensor in SENSORS:
-        config = root / sensor / "config.yaml"
-        config.write_text(config.read_text().replace(str(project), str(root)))
-    return root
 
 
 def run_select(root):

@@ -16,30 +16,7 @@ from momo.merge.selecting import select
 from momo.merge.selection import read_selection
 from momo.weights import load_card
 from tests.conftest import write_weights
-from tests.merge.runs_helper import write_run
-
-SENSORS = ("HiRISE", "CTX", "THEMIS")
-LOSSES = ([0.9, 0.6, 0.4], [0.8, 0.62, 0.5], [0.95, 0.7, 0.61])
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    root = tmp_path_factory.mktemp("project")
-    base = write_weights(root / "base")
-    for number, (sensor, losses) in enumerate(zip(SENSORS, LOSSES), start=1):
-        write_run(root / sensor, base, sensor, losses, seed=number)
-    return root
-
-
-@pytest.fixture
-def copy(project, tmp_path):
-    """A project that a test may damage; the runs name the copy's own base."""
-    root = tmp_path / "project"
-    shutil.copytree(project, root)
-    for sensor in SENSORS:
-        config = root / sensor / "config.yaml"
-        config.write_text(config.read_text().replace(str(project), str(root)))
-    return root
+from tests.merge.runs_helper import SENSORS, write_run
 
 
 def run_select(root, **options):
