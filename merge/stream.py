@@ -1,4 +1,4 @@
-"""Merging at the speed of the disk: mapped parents in, one safetensors file out, a piece at a time."""
+"""Merging by streams: mapped parents in, one safetensors file out, a piece at a time."""
 
 from __future__ import annotations
 

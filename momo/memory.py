@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Asks the C library to keep freed memory in the process instead of handing it back to the system.
 
     Tensors of megabytes are otherwise mapped, zeroed and unmapped at every use: 3 to 8 % of a pretraining step of
-    ViT-B/16 at batch 16 on a CPU, and a fifth of a merge (docs/performance.md).
+    ViT-B/16 at batch 16 on a CPU (docs/performance.md).
 
     Returns:
         False where the C library is not glibc; nothing is changed then.

@@ -34,7 +34,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     What DeepSpeed does from ZeRO stage 1 on, for the case without partitions and without sums of micro-batches.
     Gradients are converted, stepped and rounded in buckets that fit the cache, so no float32 gradients are kept and
-    the memory is passed over once: on a CPU the plain order costs a seventh of a ViT-B step (docs/performance.md).
+    the memory is passed over less often (figures in docs/performance.md).
 
     Args:
         groups: Parameter groups of bfloat16 weights, see `momo.pretrain.optimisation.parameter_groups`.
