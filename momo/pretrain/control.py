@@ -25,7 +25,13 @@ _LOST = ("connection", "timed out", "timeout", "peer", "socket", "broken pipe", 
 
 
 class StopRequest:
-    """Remembers a signal to stop until the step it came in is over."""
+    """Remembers a signal to stop until the step it came in is over; a second Ctrl-C interrupts at once.
+
+    One Ctrl-C reaches a rank twice: from the terminal as SIGINT and from its launcher as SIGTERM, in either order.
+
+    Attributes:
+        name: The signal that came, SIGINT above the others; None when none has come.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -44,9 +50,10 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.name is not None and number == signal.SIGINT:
+        if self.name != "SIGINT":
+            self.name = signal.Signals(number).name
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
 
 
 class Control:

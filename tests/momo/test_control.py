@@ -34,6 +34,15 @@ def test_a_second_ctrl_c_interrupts():
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize("order", [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])
+def test_one_ctrl_c_that_comes_twice_is_one(order):
+    request = StopRequest()
+    with request.listening():
+        for number in order:
+            os.kill(os.getpid(), number)
+        assert request.name == "SIGINT"
+
+
 def test_no_handlers_are_taken_outside_the_main_thread():
     before = signal.getsignal(signal.SIGTERM)
     seen = []
