@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import logging
 import math
-import os
 import shutil
 import time
 import uuid
@@ -21,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from momo.errors import ConfigError, DataError
 from momo.extras import require
+from momo.machine import usable_cores
 from momo.version import __version__
 
 from .config import PrepConfig
@@ -140,16 +140,12 @@ def open_workers(config: PrepConfig, tasks: int, shared: Path) -> Iterator[Worke
         with _slurm(config) as client:
             yield _checked(client, f"{config.slurm.jobs} SLURM {'job' if config.slurm.jobs == 1 else 'jobs'}", shared)
         return
-    count = min(config.workers or _cores(), max(1, tasks))
+    count = min(config.workers or usable_cores(), max(1, tasks))
     if count == 1:
         yield _Here()
         return
     with _local(count) as client:
         yield _Dask(client, f"{count} local workers")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 @contextlib.contextmanager

@@ -118,7 +118,12 @@ class MergePlan:
         return [source.tensor(name) for source in self.fisher_sources] if "fisher" in self.method.uses else None
 
     def piece(
-        self, name: str, tensors: Sequence[torch.Tensor], *, fishers: Sequence[torch.Tensor] | None = None
+        self,
+        name: str,
+        tensors: Sequence[torch.Tensor],
+        *,
+        fishers: Sequence[torch.Tensor] | None = None,
+        out: torch.Tensor | None = None,
     ) -> Piece:
         """Returns what the method takes.
 
@@ -126,6 +131,7 @@ class MergePlan:
             name: Tensor.
             tensors: It, or the same part of it, of base and checkpoints.
             fishers: The same of the Fisher files.
+            out: Tensor of the same shape and of the arithmetic's dtype that the method may fill.
         """
         has_base = self.base is not None
         return Piece(
@@ -140,6 +146,7 @@ class MergePlan:
             outliers=self.config.outliers,
             seed=self.config.seed,
             dtype=self.arithmetic,
+            out=out,
         )
 
     @property

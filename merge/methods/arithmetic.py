@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import torch
 
 from .blocks import (
+    blocks,
     check_coefficients,
     check_tensors,
-    flat,
-    parts,
+    fit,
     relative_weights,
+    result_tensor,
     scratch,
     task_vector_blocks,
-    value_blocks,
 )
 
 
@@ -43,12 +43,15 @@ def task_vector(base: torch.Tensor, tuned: torch.Tensor, *, dtype: torch.dtype =
     return vector
 
 
-def average(tuned: Sequence[torch.Tensor], *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def average(
+    tuned: Sequence[torch.Tensor], *, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Averages checkpoints: sum_i tuned_i / n (Wortsman et al. 2022, "Model soups", arXiv 2203.05482).
 
     Args:
         tuned: The same tensor in each checkpoint, summed in this order.
         dtype: Of the arithmetic and of the result.
+        out: Tensor of that shape and dtype to fill and return, contiguous; none of the others. A new one when None.
 
     Returns:
         Tensor of the same shape and of `dtype`.
@@ -56,11 +59,15 @@ def average(tuned: Sequence[torch.Tensor], *, dtype: torch.dtype = torch.float32
     Raises:
         MergeError: As `task_vector`, or no checkpoint.
     """
-    return weighted_average(tuned, [1.0] * len(tuned), dtype=dtype)
+    return weighted_average(tuned, [1.0] * len(tuned), dtype=dtype, out=out)
 
 
 def weighted_average(
-    tuned: Sequence[torch.Tensor], weights: Sequence[float], *, dtype: torch.dtype = torch.float32
+    tuned: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Averages checkpoints with weights: sum_i w_i tuned_i / sum_i w_i.
 
@@ -70,6 +77,7 @@ def weighted_average(
         tuned: The same tensor in each checkpoint, summed in this order.
         weights: One a checkpoint, none negative, at least one above 0; only their ratios matter.
         dtype: Of the arithmetic and of the result.
+        out: Tensor of that shape and dtype to fill and return, contiguous; none of the others. A new one when None.
 
     Returns:
         Tensor of the same shape and of `dtype`.
@@ -79,11 +87,12 @@ def weighted_average(
     """
     check_tensors(None, tuned, dtype)
     factors = relative_weights(weights, tuned)
-    merged = torch.empty(tuned[0].shape, dtype=dtype)
-    for total, values in value_blocks(tuned, merged):
+    merged = result_tensor(out, tuned[0].shape, dtype)
+    buffer = scratch(merged, dtype)
+    for total, *models in blocks(merged, *tuned):
         total.zero_()
-        for factor, value in zip(factors, values, strict=True):
-            total.add_(value if factor == 1 else value.mul_(factor))
+        for factor, model in zip(factors, models, strict=True):
+            total.add_(model if factor == 1 else torch.mul(model, factor, out=fit(buffer, total)))
         total.div_(sum(factors))
     return merged
 
@@ -94,6 +103,7 @@ def task_arithmetic(
     coefficients: Sequence[float],
     *,
     dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Adds scaled task vectors to the base: base + sum_i c_i (tuned_i - base).
 
@@ -105,6 +115,7 @@ def task_arithmetic(
         tuned: The same tensor in each checkpoint; task vectors are added in this order.
         coefficients: Scaling coefficient of each task vector; 0 leaves it out, a negative one subtracts it.
         dtype: Of the arithmetic and of the result.
+        out: Tensor of that shape and dtype to fill and return, contiguous; none of the others. A new one when None.
 
     Returns:
         Tensor of the same shape and of `dtype`.
@@ -114,15 +125,12 @@ def task_arithmetic(
     """
     check_tensors(base, tuned, dtype)
     check_coefficients(coefficients, tuned)
-    merged = torch.empty(base.shape, dtype=dtype)
+    merged = result_tensor(out, base.shape, dtype)
     shared = len(set(coefficients)) == 1  # then the sum is scaled once
-    starts, models, results = flat(base), [flat(tensor) for tensor in tuned], merged.view(-1)
     buffer = scratch(base, dtype)
-    for part in parts(base.numel()):
-        start, total = starts[part].to(dtype), results[part]
+    for total, start, *models in blocks(merged, base, *tuned):
         for number, (coefficient, model) in enumerate(zip(coefficients, models, strict=True)):
-            delta = buffer[: len(total)] if number else total
-            torch.sub(model[part].to(dtype), start, out=delta)
+            delta = torch.sub(model, start, out=fit(buffer, total) if number else total)
             if not shared:
                 delta.mul_(coefficient)
             if number:
@@ -139,6 +147,7 @@ def magmax(
     coefficients: Sequence[float],
     *,
     dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Adds, entry by entry, the task vector of largest magnitude, scaled.
 
@@ -151,6 +160,7 @@ def magmax(
         tuned: The same tensor in each checkpoint.
         coefficients: Scaling coefficient of each checkpoint's entries.
         dtype: Of the arithmetic and of the result.
+        out: Tensor of that shape and dtype to fill and return, contiguous; none of the others. A new one when None.
 
     Returns:
         Tensor of the same shape and of `dtype`.
@@ -160,7 +170,7 @@ def magmax(
     """
     check_tensors(base, tuned, dtype)
     check_coefficients(coefficients, tuned)
-    merged = torch.empty(base.shape, dtype=dtype)
+    merged = result_tensor(out, base.shape, dtype)
     buffers = [scratch(base, dtype) for _ in range(3)]
     for start, chosen, deltas in task_vector_blocks(base, tuned, merged):
         largest, magnitude, mask = (buffer[: len(chosen)] for buffer in buffers)

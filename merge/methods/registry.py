@@ -37,6 +37,7 @@ class Piece:
         outliers: Fraction of largest entries that is dropped, at least 0 and below 1.
         seed: Of random masks.
         dtype: Of the arithmetic and of the result: torch.float32 or torch.float64.
+        out: Contiguous tensor that a method may fill and return instead of a new one.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Piece:
     outliers: float = 0.0
     seed: int = 0
     dtype: torch.dtype = torch.float32
+    out: torch.Tensor | None = None
 
     @property
     def start(self) -> torch.Tensor:
@@ -124,11 +126,11 @@ def mask_seed(seed: int, key: str, name: str) -> int:
 
 
 def _task_arithmetic(piece: Piece) -> torch.Tensor:
-    return task_arithmetic(piece.start, piece.tuned, piece.coefficients, dtype=piece.dtype)
+    return task_arithmetic(piece.start, piece.tuned, piece.coefficients, dtype=piece.dtype, out=piece.out)
 
 
 def _magmax(piece: Piece) -> torch.Tensor:
-    return magmax(piece.start, piece.tuned, piece.coefficients, dtype=piece.dtype)
+    return magmax(piece.start, piece.tuned, piece.coefficients, dtype=piece.dtype, out=piece.out)
 
 
 def _ties(piece: Piece) -> torch.Tensor:
@@ -204,7 +206,7 @@ _ALL = (
         "average",
         "arXiv 2203.05482",
         "plain average of the checkpoints",
-        lambda piece: average(piece.tuned, dtype=piece.dtype),
+        lambda piece: average(piece.tuned, dtype=piece.dtype, out=piece.out),
         default_coefficient=None,
         needs_base=False,
         elementwise=True,
@@ -214,7 +216,7 @@ _ALL = (
         "weighted_average",
         "arXiv 2203.05482",
         "average of the checkpoints with the coefficients as weights",
-        lambda piece: weighted_average(piece.tuned, piece.coefficients, dtype=piece.dtype),
+        lambda piece: weighted_average(piece.tuned, piece.coefficients, dtype=piece.dtype, out=piece.out),
         default_coefficient=1.0,
         needs_base=False,
         elementwise=True,

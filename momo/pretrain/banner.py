@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..machine import usable_cores
 from ..models import Architecture
 from ..runs import METRICS_NAME, read_metrics
 from .config import PretrainConfig
@@ -242,11 +242,6 @@ def describe_device(ranks_here: int = 1) -> Device:
     threads = max(1, usable_cores() // ranks_here)
     detail = f"no CUDA device found; {instructions}; {threads} thread{'s' * (threads > 1)} a rank"
     return Device("cpu", _cpu_name(), detail, any("bf16" in feature for feature in features))
-
-
-def usable_cores() -> int:
-    """Returns the cores this process may use, which a batch system or taskset may have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_features() -> list[str]:

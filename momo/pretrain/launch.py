@@ -29,9 +29,10 @@ from ..config import config_from_dict, to_dict
 from ..errors import ConfigError, MomoError, Stopped
 from ..extras import require, require_installed
 from ..files import write_json
+from ..machine import usable_cores
 from ..models.blocks import attention_kernel
 from ..runs import Checkpoint
-from .banner import Facts, banner, describe_device, measured_rate, usable_cores
+from .banner import Facts, banner, describe_device, measured_rate
 from .checkpoint import check_resume, check_same_inputs, latest_resumable
 from .config import PretrainConfig
 from .control import STOP_SIGNALS, StopRequest, Watchdog

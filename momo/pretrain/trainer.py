@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..memory import keep_freed_memory
+from ..machine import keep_freed_memory
 from ..weights import load_weights
 from .checkpoint import clean_partials, latest_resumable
 from .config import PretrainConfig

@@ -12,7 +12,7 @@ A round is one run of each, one after another, on files in the page cache:
     whole      the same task arithmetic with all state dicts in memory, written by safetensors
     mergekit   the same by mergekit in its own environment, from process start to end
 
-Memory is what belongs to the process alone (RssAnon and RssShmem, sampled every 5 ms), without mapped files, with
+Memory is what belongs to the processes alone (RssAnon and RssShmem, sampled every 5 ms), without mapped files, with
 the interpreter and PyTorch in it. `momo` and `whole` also say how long the whole command takes, imports included.
 """
 
@@ -118,12 +118,14 @@ def watch(command: list[str]) -> tuple[str, float, float]:
 
 
 def own_memory(pid: int) -> float:
-    """Returns RssAnon + RssShmem of a process in MB; 0 when it is gone."""
+    """Returns RssAnon + RssShmem of a process and those it started in MB; 0 when it is gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
-    return sum(float(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) / 1e3
+    own = sum(float(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) * 1024 / 1e6
+    return own + sum(own_memory(int(child)) for child in children)
 
 
 def run_cat(paths: list[Path], out: Path, found: Measured) -> None:

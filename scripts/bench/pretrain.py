@@ -40,7 +40,7 @@ from torch import nn
 
 from momo.config import load_config
 from momo.data_prep.shards import CorpusWriter, TileRecord
-from momo.memory import keep_freed_memory
+from momo.machine import keep_freed_memory
 from momo.models import Architecture, MaskedAutoencoder, build_mae
 from momo.models.blocks import Block as MomoBlock
 from momo.pretrain import PretrainConfig

@@ -91,7 +91,7 @@ def test_only_bfloat16_weights_are_laid_out():
 def test_freed_memory_is_kept():
     code = """if True:
         import resource, sys, torch
-        from momo.memory import keep_freed_memory
+        from momo.machine import keep_freed_memory
 
         def faults():
             for step in range(34):  # aligned chunks fit freed ones only after these have grown together

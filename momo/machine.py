@@ -1,8 +1,9 @@
-"""How this process keeps its memory."""
+"""What this process may use of the machine: cores and memory."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's numbers, malloc.h of glibc
 
@@ -20,3 +21,8 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_MMAP_THRESHOLD, 2**30) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def usable_cores() -> int:
+    """Returns the cores this process may use, which a batch system or taskset may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
