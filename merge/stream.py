@@ -15,8 +15,9 @@ from momo.weights import TensorInfo
 
 from .plan import MergePlan, is_finite
 from .safetensors_file import BYTES, SafetensorsWriter, tensor_bytes
+from .writer_process import RING
 
-PIECE = 2**18  # entries worked on together: pieces of all parents stay in the cache
+PIECE = 2**18  # entries worked on together; of float32 they fill a slot of the process that writes
 # NaN and infinity of a parent always reach the result, so looking at that is enough.
 _PROPAGATING = frozenset({"task_arithmetic", "average", "weighted_average"})
 _LONG = 64 * 2**20  # bytes of a result that are worth a second process to write and hash them
@@ -49,9 +50,10 @@ def output_bytes(plan: MergePlan) -> int:
 def memory_bytes(plan: MergePlan) -> int:
     """Returns about how much memory the tensors take at most while streaming; mapped files not counted."""
     width = 8 if plan.config.precision == "fp64" else 4
+    ring = RING if _is_long(plan) else 0
     if plan.elementwise:
-        return 3 * PIECE * width
-    return 3 * width * max(tensor_bytes(info) // BYTES[info.dtype] for info in output_header(plan).values())
+        return 3 * PIECE * width + ring
+    return ring + 3 * width * max(tensor_bytes(info) // BYTES[info.dtype] for info in output_header(plan).values())
 
 
 def write_merged(
@@ -76,8 +78,7 @@ def write_merged(
     """
     header = output_header(plan)
     keep_freed_memory()
-    behind = usable_cores() > 1 and output_bytes(plan) >= _LONG
-    with SafetensorsWriter(path, header, metadata, behind=behind) as writer, _threads(plan):
+    with SafetensorsWriter(path, header, metadata, behind=_is_long(plan)) as writer, _threads(plan):
         for name in header:
             for piece in _pieces(plan, name, writer.buffer):
                 if not is_finite(piece):
@@ -85,6 +86,11 @@ def write_merged(
                 writer.write(piece)
                 advance(piece.numel() * piece.element_size())
         return writer.sha256
+
+
+def _is_long(plan: MergePlan) -> bool:
+    """Says whether a second process writes and hashes the result."""
+    return usable_cores() > 1 and output_bytes(plan) >= _LONG
 
 
 def _pieces(plan: MergePlan, name: str, buffer: Callable[[int, torch.dtype], torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -22,7 +22,9 @@ from collections.abc import Iterable
 
 SLOT = 2**20
 """Bytes of a slot of the ring."""
-_SLOTS = 8
+_SLOTS = 4
+RING = _SLOTS * SLOT
+"""Bytes of memory that both processes share."""
 _DONE, _FAILED = b".", b"!"
 
 
@@ -41,11 +43,11 @@ class WriterProcess:
         self._answer = b""
         ring = os.memfd_create("momo-ring")
         try:
-            os.ftruncate(ring, _SLOTS * SLOT)
-            self._slots = memoryview(mmap.mmap(ring, _SLOTS * SLOT))
+            os.ftruncate(ring, RING)
+            self._slots = memoryview(mmap.mmap(ring, RING))
             self._process = subprocess.Popen(
                 # Isolated and without site-packages it starts in some 20 ms.
-                [sys.executable, "-I", "-S", __file__, str(ring), str(file)],
+                [sys.executable or "", "-I", "-S", __file__, str(ring), str(file)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

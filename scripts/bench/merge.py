@@ -122,6 +122,9 @@ def own_memory(pid: int) -> float:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        program = Path(f"/proc/{pid}/cmdline").read_bytes()
+        # Between fork and exec a child still is its parent, and would count it twice.
+        children = [child for child in children if Path(f"/proc/{child}/cmdline").read_bytes() != program]
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
     own = sum(float(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) * 1024 / 1e6

@@ -174,6 +174,32 @@ def test_tensors_longer_than_a_block_have_no_seams():
     agree(dare(base, tuned, [1, 1], density=0.5, seeds=seeds), base, (kept * vectors(base, tuned) * 2).sum(axis=0))
 
 
+INTO = {
+    "average": lambda base, tuned, **into: average(tuned, **into),
+    "weighted_average": lambda base, tuned, **into: weighted_average(tuned, [1, 2, 3], **into),
+    "task_arithmetic": lambda base, tuned, **into: task_arithmetic(base, tuned, [0.5, 0.3, -1], **into),
+    "magmax": lambda base, tuned, **into: magmax(base, tuned, [0.5, 0.3, -1], **into),
+}
+
+
+@pytest.mark.parametrize("name", INTO)
+def test_a_result_can_be_put_where_it_is_wanted(name):
+    base, tuned = models(3)
+    before = [tensor.clone() for tensor in (base, *tuned)]
+    place = torch.full(base.shape, float("nan"))
+    assert INTO[name](base, tuned, out=place) is place
+    assert torch.equal(place, INTO[name](base, tuned))
+    assert all(torch.equal(old, new) for old, new in zip(before, (base, *tuned), strict=True))
+
+
+@pytest.mark.parametrize("place", [torch.empty(3), torch.empty(2, 2), torch.empty(2, dtype=torch.float64)])
+def test_a_place_that_does_not_fit_the_result(place):
+    with pytest.raises(MergeError, match="the tensor for the result does not fit it: .* Rule: .2,. torch.float32"):
+        average([torch.zeros(2)], out=place)
+    with pytest.raises(MergeError, match="contiguous: False"):
+        average([torch.zeros(2)], out=torch.empty(4)[::2])
+
+
 def test_the_average_hardly_depends_on_the_order():
     _, tuned = models(5)
     torch.testing.assert_close(average(tuned), average(tuned[::-1]), atol=1e-6, rtol=0)

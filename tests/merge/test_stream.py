@@ -27,6 +27,26 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 from momo.cli import main
 sys.exit(main(sys.argv[1:]))
 """
+GROWTH = """
+import re, sys
+from pathlib import Path
+from momo.merge import MergeConfig, make_plan
+from momo.merge.stream import write_merged
+
+def own():  # kilobytes of memory that no file stands for
+    return int(re.search(r"RssAnon:\\s+([0-9]+)", Path("/proc/self/status").read_text())[1])
+
+def grown(folder, method):
+    models = {name: str(folder / f"{name}.safetensors") for name in "ab"}
+    plan = make_plan(MergeConfig(base=str(folder / "base.safetensors"), models=models, out="none", method=method))
+    before, seen = own(), []
+    write_merged(plan, folder / "out.safetensors", {}, lambda size: seen.append(own()))
+    return max(seen) - before
+
+for method in ("task_arithmetic", "model_stock"):
+    grown(Path(sys.argv[1]), method)  # what is loaded once
+    print(method, grown(Path(sys.argv[2]), method))
+"""
 
 
 @pytest.fixture
@@ -65,9 +85,11 @@ def job(folder, method, **options):
     return MergeConfig(**(fields | options))
 
 
-@pytest.fixture(params=[64, 2**18], ids=["cut", "whole"])
+@pytest.fixture(params=[(64, False), (2**18, False), (64, True)], ids=["cut", "whole", "two-processes"])
 def pieces(request, monkeypatch):
-    monkeypatch.setattr(stream_file, "PIECE", request.param)
+    """Cut tensors or whole ones, written here or by a second process."""
+    monkeypatch.setattr(stream_file, "PIECE", request.param[0])
+    monkeypatch.setattr(stream_file, "_is_long", lambda plan: request.param[1])
 
 
 @pytest.mark.usefixtures("pieces")
@@ -100,6 +122,22 @@ def test_threads_and_order_change_no_bit(folder, method, monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert len(hashes) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """A model of 64 MB in tensors of 4 MB: its own memory grows by a few tensors, not by the model."""
+    for count in (1, 16):
+        (tmp_path / str(count)).mkdir()
+        for name in ("base", "a", "b"):
+            tensors = {f"{number}.weight": torch.randn(2**20) for number in range(count)}
+            save_file(tensors, tmp_path / str(count) / f"{name}.safetensors")
+    command = [sys.executable, "-c", GROWTH, str(tmp_path / "1"), str(tmp_path / "16")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    grown = {method: int(kilobytes) for method, kilobytes in (line.split() for line in done.stdout.split("\n")[:-1])}
+    assert set(grown) == {"task_arithmetic", "model_stock"}
+    assert all(kilobytes < 5 * 4096 for kilobytes in grown.values()), grown
 
 
 def test_ties_over_the_whole_model_equals_its_formula(folder):
