@@ -73,9 +73,8 @@ class SafetensorsWriter:
             self._put(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().data)
         self._lent = None
 
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of what was written.
+    def finish(self) -> str:
+        """Returns the SHA-256 of the file, once all of it is written; nothing can be written after.
 
         Raises:
             MergeError: Something could not be written.

@@ -85,7 +85,7 @@ def write_merged(
                     raise _not_finite(plan, name)
                 writer.write(piece)
                 advance(piece.numel() * piece.element_size())
-        return writer.sha256
+        return writer.finish()
 
 
 def _is_long(plan: MergePlan) -> bool:

@@ -234,6 +234,16 @@ def test_other_base_file_is_refused(copy):
         merge(by_hand(copy))
 
 
+def test_another_checkpoint_in_the_place_of_the_selected_is_refused(copy):
+    run_select(copy)
+    chosen = copy / "CTX/checkpoints/samples-000000200"
+    shutil.rmtree(chosen)
+    shutil.copytree(copy / "CTX/checkpoints/samples-000000300", chosen)
+    with pytest.raises(MergeError, match="not the one that was selected: CTX: .*samples-000000200.*momo select again"):
+        merge(MergeConfig(selection=str(copy / "selection.yaml"), out=str(copy / "m")))
+    assert not (copy / "m").exists()
+
+
 def test_verify_finds_altered_bytes(copy):
     target = copy / "CTX/checkpoints/samples-000000300/model.safetensors"
     raw = bytearray(target.read_bytes())

@@ -17,6 +17,7 @@ from momo.errors import MergeError
 from momo.merge import METHODS, MergeConfig, make_plan, merge, merged_state
 from momo.merge import stream as stream_file
 from momo.merge.fisher_files import FISHER_KEY
+from momo.merge.writer_process import WriterProcess
 from momo.weights import load_card
 
 SHAPES = {"blocks.0.weight": (40, 70), "blocks.1.weight": (700,), "norm.weight": (3,), "scalar": (), "none": (0, 4)}
@@ -124,6 +125,27 @@ def test_threads_and_order_change_no_bit(folder, method, monkeypatch):
     assert len(hashes) == 1
 
 
+def test_a_long_result_is_written_by_a_second_process(folder, monkeypatch):
+    started = []
+
+    class Watched(WriterProcess):
+        def __init__(self, file: int) -> None:
+            started.append(file)
+            super().__init__(file)
+
+    monkeypatch.setattr("momo.merge.safetensors_file.WriterProcess", Watched)
+    merge(job(folder, "average"))
+    size = sum(tensor.nbytes for tensor in load_file(folder / "out/model.safetensors").values())
+    hashes = {load_card(folder / "out").sha256}
+    for cores, least, expected in ((2, size + 1, 0), (1, size, 0), (2, size, 1)):
+        monkeypatch.setattr(stream_file, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(stream_file, "_LONG", least)
+        merge(job(folder, "average", overwrite=True))
+        assert len(started) == expected
+        hashes.add(load_card(folder / "out", check_hash=True).sha256)
+    assert len(hashes) == 1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """A model of 64 MB in tensors of 4 MB: its own memory grows by a few tensors, not by the model."""
@@ -171,7 +193,13 @@ def test_the_file_is_what_safetensors_writes(folder):
     assert all(torch.equal(tensor, load_file(again)[name]) for name, tensor in tensors.items())
     written = (folder / "out/model.safetensors").read_bytes()
     assert hashlib.sha256(written).hexdigest() == load_card(folder / "out").sha256
-    assert int.from_bytes(written[:8], "little") % 8 == 0
+    size = int.from_bytes(written[:8], "little")
+    assert size % 8 == 0
+    places = {
+        name: entry["data_offsets"][0] for name, entry in json.loads(written[8 : 8 + size]).items() if "dtype" in entry
+    }
+    # Wide dtypes first, so that every tensor lies where its width wants it.
+    assert places["count"] == 0 and places["half"] == max(places.values())
 
 
 def test_dtype_of_the_result(folder):
@@ -207,6 +235,14 @@ def test_a_result_that_overflows_is_refused(folder):
     with pytest.raises(MergeError, match="the merged weights are not finite: blocks.0.weight"):
         merge(job(folder, "task_arithmetic", coefficient=1e6, dtype="float16"))
     assert not (folder / "out").exists()
+
+
+def test_finite_numbers_whose_sum_is_not_are_merged(folder):
+    for name in ("base", "a", "b", "c"):
+        path = folder / f"{name}.safetensors"
+        save_file(load_file(path) | {"large": torch.full((9,), 3e38)}, path)
+    merge(job(folder, "task_arithmetic"))
+    assert torch.equal(load_file(folder / "out/model.safetensors")["large"], torch.full((9,), 3e38))
 
 
 def test_integers_that_differ_are_refused(folder):

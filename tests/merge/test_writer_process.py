@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ import torch
 
 from momo.errors import MergeError
 from momo.merge.safetensors_file import SafetensorsWriter
-from momo.merge.writer_process import RING, SLOT, WriterProcess
+from momo.merge.writer_process import RING, SLOT, WriterProcess, _write_whole
 from momo.weights import TensorInfo
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs shared memory by descriptor (Linux)")
@@ -80,6 +81,24 @@ def test_a_process_that_was_killed_is_told(opened, after):
         opened.finish()
 
 
+def test_killed_after_the_last_piece_it_has_no_hash(opened):
+    opened.write(memoryview(bytes(10)))
+    while not opened._done:
+        opened._listen()
+    os.kill(opened._process.pid, signal.SIGKILL)
+    with pytest.raises(OSError, match="the process that writes it died"):
+        opened.finish()
+
+
+def test_short_writes_are_continued(tmp_path, monkeypatch):
+    whole = os.write
+    monkeypatch.setattr("os.write", lambda file, piece: whole(file, piece[:3]))
+    with open(tmp_path / "file", "wb", buffering=0) as file:
+        _write_whole(file.fileno(), memoryview(b"0123456789"))
+    monkeypatch.undo()
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
 def test_it_ends_with_its_owner(opened):
     opened.write(memoryview(bytes(10)))
     opened.close()
@@ -97,7 +116,7 @@ def write(path, *, behind: bool) -> str:
         writer.buffer(5, torch.float32)  # asked for and not used
         writer.write(torch.arange(5.0))
         assert (writer._behind is not None) == behind
-        return writer.sha256
+        return writer.finish()
 
 
 def test_a_safetensors_file_is_the_same_either_way(tmp_path):
@@ -110,7 +129,7 @@ def test_a_buffer_too_long_for_the_shared_memory_is_one_of_its_own(tmp_path):
     count = SLOT // 4 + 1
     with SafetensorsWriter(tmp_path / "file", {"a": TensorInfo((count,), "F32")}, {}, behind=True) as writer:
         writer.write(writer.buffer(count, torch.float32).fill_(1.5))
-        digest = writer.sha256
+        digest = writer.finish()
     written = (tmp_path / "file").read_bytes()
     assert digest == hashlib.sha256(written).hexdigest()
     assert torch.equal(
@@ -126,7 +145,7 @@ def test_without_a_second_process_the_first_writes(tmp_path, monkeypatch, lackin
         monkeypatch.delattr("os.memfd_create")
     with SafetensorsWriter(tmp_path / "file", HEADER, {}, behind=True) as writer:
         assert writer._behind is None
-        digest = writer.sha256
+        digest = writer.finish()
     assert digest == hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
 
 
@@ -140,4 +159,30 @@ def test_a_full_disk_is_told_as_such(tmp_path, when):
         if when == "writing":
             for _ in range(100):
                 writer.write(writer.buffer(5, torch.float32))
-        assert writer.sha256
+        assert writer.finish()
+
+
+class ShortWrites(io.FileIO):
+    """Takes few bytes at a time, as a disk that fills up or a pipe does."""
+
+    def write(self, piece):
+        return super().write(piece[:7])
+
+
+def test_short_writes_are_continued_and_hashed_once(tmp_path):
+    with SafetensorsWriter(tmp_path / "file", {}, {}) as writer:
+        writer._stream.close()
+        writer._stream = ShortWrites(tmp_path / "file", "ab")
+        writer.write(torch.arange(20.0))
+        digest = writer.finish()
+    written = (tmp_path / "file").read_bytes()
+    assert written.endswith(torch.arange(20.0).numpy().tobytes()) and digest == hashlib.sha256(written).hexdigest()
+
+
+def test_a_buffer_written_twice_is_there_twice(tmp_path):
+    with SafetensorsWriter(tmp_path / "file", {}, {}, behind=True) as writer:
+        lent = writer.buffer(4, torch.float32).copy_(torch.arange(1.0, 5.0))
+        writer.write(lent)
+        writer.write(lent)
+        assert writer.finish()
+    assert (tmp_path / "file").read_bytes().endswith(2 * torch.arange(1.0, 5.0).numpy().tobytes())
