@@ -59,6 +59,15 @@ def test_shards_with_an_index(weights, tmp_path):
     assert all(torch.equal(source.tensor(name), tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("changed", ["a-1.safetensors", "a-2.safetensors"])
+def test_every_shard_counts_for_the_hash(weights, tmp_path, changed):
+    shard(weights, tmp_path / "shards")
+    before = open_source(tmp_path / "shards").sha256
+    path = tmp_path / "shards" / changed
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    assert open_source(tmp_path / "shards").sha256 != before
+
+
 def test_shards_merge_like_one_file(weights, tmp_path):
     other = write_weights(tmp_path / "other", seed=1)
     shard(weights, tmp_path / "shards")

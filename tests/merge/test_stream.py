@@ -207,6 +207,9 @@ def test_dtype_of_the_result(folder):
     merged, whole = load_file(folder / "out/model.safetensors"), merged_state(make_plan(job(folder, "average")))
     assert merged["count"].dtype == torch.int64
     assert torch.equal(merged["norm.weight"], whole["norm.weight"].bfloat16())
+    merge(job(folder, "average", dtype="bfloat16", exclude=["norm.weight"], overwrite=True))
+    taken = load_file(folder / "out/model.safetensors")["norm.weight"]
+    assert torch.equal(taken, load_file(folder / "base.safetensors")["norm.weight"].bfloat16())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -229,6 +232,18 @@ def test_numbers_that_are_not_finite_are_refused(folder, method, model, value, m
         merge(config)
     assert load_card(folder / "out", check_hash=True).sha256 == before
     assert not list(folder.glob(".*partial*"))
+
+
+def test_a_tensor_that_is_taken_over_must_be_finite_too(folder):
+    tensors = load_file(folder / "base.safetensors")
+    tensors["half"][7] = float("nan")
+    save_file(tensors, folder / "base.safetensors")
+    config = job(folder, "average", exclude=["half"])
+    with pytest.raises(MergeError, match=r"a parent is not finite: half of .*base.safetensors"):
+        merge(config)
+    with pytest.raises(MergeError, match=r"a parent is not finite: half of .*base.safetensors"):
+        merged_state(make_plan(config))
+    merge(job(folder, "average", exclude=["half"], rest="drop"))
 
 
 def test_a_result_that_overflows_is_refused(folder):
