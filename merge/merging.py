@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from momo.errors import MergeError
+from momo.errors import DataError, MergeError
 from momo.extras import require
 from momo.files import atomic_folder, write_json
 from momo.weights import CARD_NAME, TENSORS_NAME
@@ -41,6 +41,13 @@ def merge(config: MergeConfig) -> Path | None:
     if config.dry_run:
         return None
     out = Path(config.out)
+    if out.exists() and not config.overwrite:
+        raise DataError(
+            "the output exists already",
+            seen=out,
+            rule="an artefact is never overwritten in passing",
+            fix="choose another out=, or add --overwrite",
+        )
     _check_room(out, output_bytes(plan))
     tqdm = require("tqdm", "merge").tqdm
     with (

@@ -363,6 +363,13 @@ def _label(source: Source) -> str:
 
 
 def _check_hash(parent: Parent, wanted: str) -> None:
+    if not wanted:
+        raise MergeError(
+            "the selection does not say which weights were selected",
+            seen=f"{parent.name}: {parent.source.place} without a sha256",
+            rule="a checkpoint that was not there when it was selected (allow=[missing_checkpoint]) has none",
+            fix="run momo select again where the checkpoints are",
+        )
     if parent.source.sha256 != wanted:
         raise MergeError(
             "a weights file is not the one that was selected",

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,10 @@ class SafetensorsWriter:
         self._digest = hashlib.sha256()
         self._behind: WriterProcess | None = None
         if behind and hasattr(os, "memfd_create"):
-            with contextlib.suppress(OSError):
+            try:
                 self._behind = WriterProcess(self._stream.fileno())
+            except OSError as error:
+                print(f"note: no second process to write ({error}); this one does, which takes longer", file=sys.stderr)
         self._lent: int | None = None
         self._put(memoryview(_header_bytes(header, metadata)))
 

@@ -244,6 +244,14 @@ def test_another_checkpoint_in_the_place_of_the_selected_is_refused(copy):
     assert not (copy / "m").exists()
 
 
+def test_a_selection_without_a_hash_is_refused(copy):
+    fields = yaml.safe_load(run_select(copy).read_text())
+    fields["sensors"]["CTX"]["sha256"] = ""
+    (copy / "selection.yaml").write_text(yaml.safe_dump(fields))
+    with pytest.raises(MergeError, match="does not say which weights were selected: CTX: .*momo select again"):
+        merge(MergeConfig(selection=str(copy / "selection.yaml"), out=str(copy / "m")))
+
+
 def test_verify_finds_altered_bytes(copy):
     target = copy / "CTX/checkpoints/samples-000000300/model.safetensors"
     raw = bytearray(target.read_bytes())
@@ -257,7 +265,7 @@ def test_verify_finds_altered_bytes(copy):
 def test_an_existing_output_is_replaced_only_when_told(copy):
     merge(by_hand(copy))
     before = load_card(copy / "merged").sha256
-    with pytest.raises(DataError, match="the output exists already"):
+    with pytest.raises(DataError, match="the output exists already: .*merged. .*add --overwrite"):
         merge(by_hand(copy, coefficient=0.1))
     assert load_card(copy / "merged", check_hash=True).sha256 == before
     merge(by_hand(copy, coefficient=0.1, overwrite=True))
