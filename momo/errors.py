@@ -57,6 +57,10 @@ class CheckpointError(MomoError):
     """A run, checkpoint or weights file is missing, incomplete, damaged or of another shape."""
 
 
+class LostRankError(MomoError):
+    """Another rank of a run is gone: a consequence, of which that rank or its launcher knows the cause."""
+
+
 class MergeError(MomoError):
     """Checkpoints cannot be selected or merged together."""
 

@@ -1,13 +1,11 @@
-"""What ranks tell each other beside gradients: stop signals, errors, and signs of life."""
+"""What ranks tell each other beside gradients: stop signals, decisions and errors."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import MomoError
+from ..errors import LostRankError, MomoError
 
 # SLURM sends SIGUSR1 ahead of the time limit when asked to (--signal=USR1@300), SIGTERM when it preempts.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -43,6 +41,8 @@ class StopRequest:
             yield
             return
         before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        # A rank is started with Ctrl-C held back; one that came meanwhile arrives now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
             yield
         finally:
@@ -56,20 +56,25 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
+def collective_timeout(timeout_s: float) -> datetime.timedelta:
+    """Returns how long a collective waits for silent ranks: the watchdog, which knows them, has to speak before."""
+    return datetime.timedelta(seconds=timeout_s + max(timeout_s, 60.0))
+
+
 class Control:
     """Agreement between the ranks on the CPU, so that no device has to be waited for.
 
     Args:
         rank: This rank.
         ranks: Number of ranks.
-        timeout_s: Seconds after which a silent rank counts as lost.
+        timeout_s: Seconds after which the watchdog counts a silent rank as lost.
     """
 
     def __init__(self, rank: int, ranks: int, timeout_s: float) -> None:
         self.rank, self.ranks = rank, ranks
         self._group = None
         if ranks > 1:
-            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+            self._group = dist.new_group(backend="gloo", timeout=collective_timeout(timeout_s))
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Returns, flag by flag, whether it is up on any rank; all ranks call it."""
@@ -109,106 +114,15 @@ class Control:
         return result
 
 
-def lost_rank(error: RuntimeError, where: str) -> MomoError | None:
+def lost_rank(error: RuntimeError, where: str) -> LostRankError | None:
     """Returns the message for a collective that failed because a rank is gone, or None when it is another error."""
     text = str(error).splitlines()[0] if str(error) else ""
     if not any(word in text.lower() for word in _LOST):
         return None
-    return MomoError(
+    return LostRankError(
         "the connection to another rank was lost",
         seen=f"{where}: {text[:200]}",
         rule="all ranks run to the end",
         fix="look at what the other ranks printed last; start again with the same command: the run continues from its "
         "last state",
     )
-
-
-class Watchdog:
-    """Notices when this rank makes no progress, and says which rank is to blame.
-
-    A collective waits for all ranks, so one that hangs stops the others without a word. Every rank publishes what it is
-    doing; the first that has waited too long tells what it knows of the others.
-
-    Args:
-        store: Key-value store that all ranks reach.
-        rank: This rank.
-        ranks: Number of ranks.
-        timeout_s: Seconds without `beat` after which the run is stopped.
-        stop: Called with the error from the watching thread; it must end the process.
-    """
-
-    def __init__(
-        self, store: dist.Store, rank: int, ranks: int, timeout_s: float, stop: Callable[[MomoError], None]
-    ) -> None:
-        self._store, self._rank, self._ranks, self._timeout, self._stop = store, rank, ranks, timeout_s, stop
-        self._phase, self._samples, self._moment = "starting", 0, time.monotonic()
-        self._count = 0
-        self._over = threading.Event()
-        # Rank -> (what it published last, when this rank first saw that).
-        self._heard: dict[int, tuple[dict[str, Any], float]] = {}
-        self._thread = threading.Thread(target=self._watch, name="momo-watchdog", daemon=True)
-
-    def __enter__(self) -> Watchdog:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join(timeout=5)
-
-    def beat(self, phase: str, samples: int) -> None:
-        """Says what this rank does now."""
-        self._phase, self._samples, self._moment = phase, samples, time.monotonic()
-
-    def _watch(self) -> None:
-        while not self._over.wait(min(5.0, self._timeout / 8)):
-            try:
-                self._publish()
-                self._listen()
-            except RuntimeError:
-                # The store lives in rank 0, which may be gone; the clock below still runs.
-                pass
-            waited = time.monotonic() - self._moment
-            if waited > self._timeout:
-                self._stop(self._verdict(waited))
-                return
-
-    def _publish(self) -> None:
-        self._count += 1
-        news = {"count": self._count, "phase": self._phase, "samples": self._samples}
-        self._store.set(f"momo/beat/{self._rank}", json.dumps(news))
-
-    def _listen(self) -> None:
-        for rank in range(self._ranks):
-            key = f"momo/beat/{rank}"
-            if rank == self._rank or not self._store.check([key]):
-                continue
-            news = json.loads(self._store.get(key))
-            if rank not in self._heard or self._heard[rank][0] != news:
-                self._heard[rank] = (news, time.monotonic())
-
-    def _verdict(self, waited: float) -> MomoError:
-        now = time.monotonic()
-        lines, silent = [], []
-        for rank in range(self._ranks):
-            if rank == self._rank:
-                lines.append(f"rank {rank} in '{self._phase}' at {self._samples:,} samples")
-            elif rank not in self._heard:
-                lines.append(f"rank {rank} was never heard of")
-                silent.append(rank)
-            else:
-                news, moment = self._heard[rank]
-                quiet = now - moment
-                lines.append(
-                    f"rank {rank} in '{news['phase']}' at {news['samples']:,} samples, heard {quiet:.0f} s ago"
-                )
-                if quiet > self._timeout / 2:
-                    silent.append(rank)
-        blamed = f"; silent: rank {', '.join(map(str, silent))}" if silent else ""
-        return MomoError(
-            "no progress",
-            seen=f"for {waited:.0f} s: {'; '.join(lines)}{blamed}",
-            rule=f"a rank does something every timeout_s={self._timeout:g} seconds",
-            fix="look at the silent or slowest rank's machine, disk and network, or raise timeout_s; start again with "
-            "the same command: the run continues from its last state",
-        )

@@ -4,43 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import io
-import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
-import tempfile
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from .. import errors
 from ..config import config_from_dict, to_dict
 from ..errors import ConfigError, MomoError, Stopped
 from ..extras import require, require_installed
-from ..files import write_json
 from ..machine import usable_cores
 from ..models.blocks import attention_kernel
 from ..runs import Checkpoint
 from .banner import Facts, banner, describe_device, measured_rate
 from .checkpoint import check_resume, check_same_inputs, latest_resumable
 from .config import PretrainConfig
-from .control import STOP_SIGNALS, StopRequest, Watchdog
+from .control import StopRequest, collective_timeout
 from .data import Sources, open_sources
 from .keeper import make_uploader
+from .local_ranks import run_ranks, tell
 from .plan import check_arithmetic
 from .probe import KnnProbe
 from .setup import Start, engine_config, make_card, make_start, store_config
+from .watchdog import Watchdog
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -76,7 +71,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if launched:
         complete = _rank_main(rank, ranks, None, to_dict(config))
     else:
-        complete = _complete(config) or _spawn(config)
+        complete = _complete(config) or _run_here(config)
     if not complete:
         newest = latest_resumable(Path(config.out))
         where = f"at {newest.samples:,} samples" if newest is not None else "before its first state"
@@ -138,78 +133,12 @@ def _facts(
     )
 
 
-def _spawn(config: PretrainConfig) -> bool:
-    """Starts the ranks on this machine; returns whether the run is complete."""
-    received: list[int] = []
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            ranks = torch.multiprocessing.start_processes(
-                _rank_main,
-                args=(config.world, str(Path(folder) / "store"), to_dict(config)),
-                nprocs=config.world,
-                join=False,
-                start_method="spawn",
-            )
-            with _passing_on_signals(ranks.processes, received):
-                # When one rank fails the others may sit in a collective and not hear SIGTERM: they get five seconds.
-                while not ranks.join(grace_period=5):
-                    pass
-        except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
-            _raise_told(Path(folder))
-            if isinstance(error, torch.multiprocessing.ProcessRaisedException):
-                raise
-            if received and error.signal_name in ("SIGTERM", "SIGINT"):
-                # It came while the rank was still starting and had nothing to save.
-                return _stopped(received)
-            raise MomoError(
-                "a training process died",
-                seen=f"rank {error.error_index}, {_exit_text(error)}",
-                rule="all ranks run to the end",
-                fix="start again with the same command: the run continues from its last state",
-            ) from None
-    return _complete(config) or _stopped(received)
-
-
-def _stopped(received: Sequence[int]) -> bool:
-    if signal.SIGINT in received:
+def _run_here(config: PretrainConfig) -> bool:
+    received = run_ranks(_rank_main, config.world, to_dict(config))
+    complete = _complete(config)
+    if not complete and signal.SIGINT in received:
         raise KeyboardInterrupt
-    return False
-
-
-def _exit_text(error: torch.multiprocessing.ProcessExitedException) -> str:
-    # Linux's out-of-memory killer sends SIGKILL, and says so only in the kernel's log.
-    memory = " (the machine may be out of memory)" if error.signal_name == "SIGKILL" else ""
-    return f"{error.signal_name}{memory}" if error.signal_name else f"exit code {error.exit_code}"
-
-
-@contextlib.contextmanager
-def _passing_on_signals(processes: Sequence[Any], received: list[int]) -> Iterator[None]:
-    """Passes stop signals on to the ranks, which save their state and end; a second Ctrl-C kills them.
-
-    Args:
-        processes: The ranks.
-        received: Gets the signals that came.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in received:
-            for process in processes:
-                process.kill()
-            raise KeyboardInterrupt
-        received.append(number)
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGTERM)
-
-    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return complete
 
 
 def _rank_main(rank: int, ranks: int, store: str | None, fields: dict[str, Any]) -> bool:
@@ -232,12 +161,14 @@ def _rank_main(rank: int, ranks: int, store: str | None, fields: dict[str, Any])
         if store is None:
             print(f"momo: error: {error}", file=sys.stderr, flush=True)
         else:
-            _tell(error, Path(store).parent, rank)
+            tell(error, Path(store), rank)
         os._exit(2)
 
     stop_request = StopRequest()
     try:
         with stop_request.listening():
+            if _orphaned():
+                return False
             _join(rank, ranks, store, config.timeout_s)
             beats = dist.distributed_c10d._get_default_store()
             with Watchdog(beats, rank, ranks, config.timeout_s, give_up) as watchdog:
@@ -256,17 +187,10 @@ def _rank_main(rank: int, ranks: int, store: str | None, fields: dict[str, Any])
             dist.destroy_process_group()
 
 
-def _tell(error: MomoError, folder: Path, rank: int) -> None:
-    """Leaves an error of a rank for the launching process, which raises it once."""
-    seen = None if error.seen is None else str(error.seen)
-    fields = {"kind": type(error).__name__, "what": error.what, "seen": seen, "rule": error.rule, "fix": error.fix}
-    write_json(folder / f"error-{rank:05d}.json", fields)
-
-
-def _raise_told(folder: Path) -> None:
-    for path in sorted(folder.glob("error-*.json")):
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        raise getattr(errors, fields.pop("kind"))(fields.pop("what"), **fields)
+def _orphaned() -> bool:
+    """Says whether the launching process died before this rank listened for the signal that would tell it so."""
+    parent = multiprocessing.parent_process()
+    return parent is not None and not parent.is_alive()
 
 
 def _join(rank: int, ranks: int, store: str | None, timeout_s: float) -> None:
@@ -277,8 +201,7 @@ def _join(rank: int, ranks: int, store: str | None, timeout_s: float) -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if cuda else "gloo"
-    # The watchdog, which knows who is silent, is to be the first to speak.
-    timeout = datetime.timedelta(seconds=2 * timeout_s)
+    timeout = collective_timeout(timeout_s)
     if store is not None:
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout)
     else:

@@ -1,19 +1,18 @@
-"""Signals, signs of life and agreement between ranks."""
+"""Signals and agreement between ranks."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing
 
-from momo.errors import DataError, MomoError
-from momo.pretrain.control import Control, StopRequest, Watchdog, lost_rank
+from momo.errors import DataError
+from momo.pretrain.control import Control, StopRequest, lost_rank
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -93,38 +92,3 @@ def test_lost_connections_are_told_from_bugs():
     assert lost is not None
     assert str(lost).startswith("the connection to another rank was lost: rank 1 at 64 samples: [gloo")
     assert lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "rank 0") is None
-
-
-# --- watchdog ---------------------------------------------------------------------------------------------------
-
-
-def watch(timeout_s: float, seconds: float, *, beats: bool, other: str | None) -> list[MomoError]:
-    """Runs rank 0's watchdog beside a second rank that published `other` once."""
-    store, told = dist.HashStore(), []
-    if other is not None:
-        store.set("momo/beat/1", other)
-    with Watchdog(store, 0, 2, timeout_s, told.append) as dog:
-        end = time.monotonic() + seconds
-        dog.beat("agreement of the ranks", 128)
-        while time.monotonic() < end and not told:
-            time.sleep(0.05)
-            if beats:
-                dog.beat("forward and backward", 128)
-    return told
-
-
-def test_a_rank_that_goes_on_is_left_alone():
-    assert watch(0.4, 1.2, beats=True, other=None) == []
-
-
-def test_a_silent_rank_is_named():
-    told = watch(0.6, 10, beats=False, other='{"count": 1, "phase": "waiting for data", "samples": 64}')
-    assert len(told) == 1
-    text = str(told[0])
-    assert text.startswith("no progress: for ") and "rank 0 in 'agreement of the ranks' at 128 samples" in text
-    assert "rank 1 in 'waiting for data' at 64 samples, heard" in text and "silent: rank 1." in text
-    assert "timeout_s=0.6" in text
-
-
-def test_a_rank_that_never_spoke_is_named():
-    assert "rank 1 was never heard of; silent: rank 1" in str(watch(0.5, 10, beats=False, other=None)[0])
