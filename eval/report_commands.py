@@ -24,7 +24,7 @@ class Command:
 
 
 def commands(
-    corpora: list[tuple[Path, Manifest]],
+    corpora: list[tuple[str, Manifest]],
     runs: list[Run],
     selection: Selection | None,
     weights: dict[str, tuple[str, Card]],
@@ -33,7 +33,7 @@ def commands(
     """Lists the commands behind the artefacts shown, in the order of the stages.
 
     Args:
-        corpora: Folder and manifest of each corpus.
+        corpora: Folder or URL, and manifest of each corpus.
         runs: Pretraining runs.
         selection: The selection.
         weights: Name to (path, card); the merged ones get a line.

@@ -53,7 +53,7 @@ class ReportConfig:
     runs: Any = option(None, "RUN folders of momo pretrain: loss curves; name: path pairs, or a list of paths")
     selection: str | None = option(None, "SELECTION file of momo select; its runs are shown when runs is empty")
     weights: list[ShownWeights] = option([], "weights whose reconstructions are shown, in this order")
-    corpora: list[str] = option([], "CORPUS folders of momo prep: tiles, and input of the reconstructions")
+    corpora: list[str] = option([], "CORPUS folders or URLs of momo prep: tiles, and input of the reconstructions")
     datasets: list[str] = option([], "labelled dataset folders; only needed when the RESULTS folder has no examples/")
     models: list[str] = option([], "models of the results to outline on test images; empty: untrained, base and merged")
     seed: int = option(0, "which tiles are drawn and which patches are hidden")
@@ -147,7 +147,7 @@ def _read(config: ReportConfig) -> _Inputs:
         runs=[read_run(name, path) for name, path in folders.items()],
         selection=selection,
         models=[load_shown_model(w.name, Path(w.path)) for w in config.weights],
-        corpora=[Corpus(Path(path)) for path in config.corpora],
+        corpora=[Corpus(path) for path in config.corpora],
     )
 
 
@@ -198,7 +198,7 @@ def _build(config: ReportConfig, inputs: _Inputs) -> Page:
         if table is not None
     ]
     results_folder = Path(config.results) if config.results else None
-    named = [(Path(path), manifest) for path, manifest in zip(config.corpora, manifests, strict=True)]
+    named = list(zip(config.corpora, manifests, strict=True))
     merges = {w.name: (w.path, shown.card) for w, shown in zip(config.weights, inputs.models, strict=True)}
     page.commands = commands(named, inputs.runs, inputs.selection, merges, results_folder)
     page.facts = facts(manifests, inputs.runs, inputs.results, len(page.comparisons))

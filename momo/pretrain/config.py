@@ -207,7 +207,7 @@ class PretrainConfig:
     )
     deepspeed: str | None = option(None, "DeepSpeed JSON, see configs/deepspeed; null: ZeRO stage 0")
     timeout_s: float = option(1800.0, "seconds without progress of a rank after which the run names it and stops")
-    licence: str = option("CC-BY-4.0", "SPDX identifier for the weights' card")
+    licence: str | None = option(None, "SPDX identifier for the weights' card; null: the base's, without one CC-BY-4.0")
     data: DataOptions = option(DataOptions)
     model: ModelOptions = option(ModelOptions)
     loss: LossOptions = option(LossOptions)

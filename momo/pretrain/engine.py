@@ -183,7 +183,13 @@ class Engine:
             shape = getattr(parameter, "ds_shape", parameter.shape)
             nothing = torch.full(shape, math.nan, dtype=torch.float32, device=self.deepspeed.device)
             require("deepspeed.utils", "pretrain").safe_set_full_grad(parameter, nothing)
-        if math.isfinite(self.finish_step(0.0)):
+        scale = self.loss_scale
+        if scale:
+            # Above its floor, where DeepSpeed would give up; the scale is not to blame and comes back below.
+            self._set_loss_scale(scale | {"cur_scale": 4 * scale["cur_scale"]})
+        norm = self.finish_step(0.0)
+        self._set_loss_scale(scale)
+        if math.isfinite(norm):
             raise MomoError(
                 "DeepSpeed took a step it was to leave out",
                 seen=f"gradient of {name}, ZeRO stage {self.stage}",
@@ -245,6 +251,10 @@ class Engine:
             return {}
         return {name: getattr(scaler, name) for name in _SCALER_FIELDS}
 
+    def _set_loss_scale(self, numbers: dict[str, float]) -> None:
+        for field, value in numbers.items():
+            setattr(self.deepspeed.optimizer.loss_scaler, field, value)
+
     @property
     def _base_optimizer(self) -> torch.optim.Optimizer:
         if self._own is not None:
@@ -297,9 +307,8 @@ class Engine:
                 set_full(parameter, whole, moment)
         for partition in self._partitions():
             self._base_optimizer.state[partition]["step"].fill_(float(state.steps))
-        if self.loss_scale and state.loss_scale:
-            for field, value in state.loss_scale.items():
-                setattr(self.deepspeed.optimizer.loss_scaler, field, value)
+        if self.loss_scale:
+            self._set_loss_scale(state.loss_scale)
 
     def _moments(self) -> Iterator[tuple[str, str, torch.nn.Parameter, torch.Size]]:
         for name, parameter in self._trainable.items():

@@ -31,11 +31,13 @@ class Start:
         model: The autoencoder with the base's or the seed's weights.
         parents: `Card.parents` of every checkpoint of the run.
         synthetic: True when the base was trained on generated data.
+        licence: SPDX identifier of the base; without one, of weights that are nobody else's.
     """
 
     model: MaskedAutoencoder
     parents: list[dict[str, Any]]
     synthetic: bool
+    licence: str = "CC-BY-4.0"
 
 
 def resolve_architecture(config: PretrainConfig, tile_size: int) -> Architecture:
@@ -87,7 +89,8 @@ def make_start(config: PretrainConfig, tile_size: int) -> Start:
     model, card = load_mae(Path(config.base), mask_ratio=options.mask_ratio, norm_pix_loss=options.norm_pix_loss)
     if "decoder" not in card.contents:
         raise CheckpointError("the base has no decoder", seen=config.base, rule="pretraining needs both parts")
-    return Start(model, [{"role": "base", "name": Path(config.base).name, "sha256": card.sha256}], card.synthetic)
+    parent = {"role": "base", "name": Path(config.base).name, "sha256": card.sha256}
+    return Start(model, [parent], card.synthetic, card.licence)
 
 
 def make_model(
@@ -142,7 +145,7 @@ def make_card(config: PretrainConfig, sources: Sources, start: Start) -> Card:
         data_fingerprints={corpus.sensor: corpus.manifest.fingerprint for corpus in sources.corpora},
         synthetic=start.synthetic or any(corpus.manifest.synthetic for corpus in sources.corpora),
         parents=start.parents,
-        licence=config.licence,
+        licence=config.licence or start.licence,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -135,6 +136,14 @@ def test_each_part_alone_makes_a_page_that_names_what_is_missing(world, given, t
         assert (words in html) == (given not in enough)
     Outline(html)
     assert (tmp_path / "report" / "report.md").is_file()
+
+
+def test_a_corpus_may_be_elsewhere(world, tmp_path):
+    place = tmp_path / "elsewhere"
+    shutil.copytree(world["corpora"][0], place)
+    local = make({"corpora": [str(place)]}, tmp_path / "local").read_text(encoding="utf-8")
+    remote = make({"corpora": [f"file://{place}"]}, tmp_path / "remote").read_text(encoding="utf-8")
+    assert local.replace(f"made {place}", f"made file://{place}") == remote != local
 
 
 def test_titles_cannot_break_the_page(world, tmp_path):

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from momo.config import load_config, to_yaml
 from momo.pretrain import PretrainConfig
-from momo.runs import read_checkpoints
+from momo.runs import read_checkpoints, read_metrics
 from momo.weights import load_weights
 
 
@@ -47,6 +48,11 @@ def same_weights(first: Path, second: Path) -> bool:
     """Says whether the last checkpoints of two runs are equal bit for bit."""
     one, two = final_weights(first), final_weights(second)
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def incidents(run: Path) -> list[dict[str, Any]]:
+    """Incidents in the log of a run."""
+    return [record for record in read_metrics(run) if record["event"] == "incident"]
 
 
 SCRIPT = """
