@@ -4,13 +4,13 @@
 """
 
 from .config import MergeConfig
-from .evl import Candidate, Pick, select_evl, sweep_epsilon
 from .merging import merge
 from .methods.arithmetic import average, task_arithmetic, task_vector
 from .methods.registry import METHODS
 from .plan import MergePlan, make_plan, merged_state
-from .select_config import SelectConfig
-from .selecting import select
+from .selecting.choose import select
+from .selecting.config import SelectConfig
+from .selecting.evl import Candidate, Pick, select_evl, sweep_epsilon
 from .selection import Selection, read_selection
 from .sources import Source, open_source
 

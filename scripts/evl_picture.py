@@ -10,10 +10,10 @@ import random
 import sys
 from pathlib import Path
 
-from momo.merge.curves import Curve, Point
-from momo.merge.epsilon import auto_epsilon, epsilon_ranges
-from momo.merge.evl import select_evl
-from momo.merge.plot import plot_selection
+from momo.merge.selecting.curves import Curve, Point
+from momo.merge.selecting.epsilon import auto_epsilon, epsilon_ranges
+from momo.merge.selecting.evl import select_evl
+from momo.merge.selecting.plot import plot_selection
 
 # Sensor: (plateau, drop, samples over which the drop falls to 1/e, rise in a million samples after the minimum).
 _SHAPES = {"HiRISE": (0.36, 0.42, 0.5e6, 0.0), "CTX": (0.315, 0.50, 0.6e6, 0.012), "THEMIS": (0.33, 0.45, 0.35e6, 0.02)}

@@ -9,7 +9,7 @@ import itertools
 import random
 import time
 
-from momo.merge.evl import Candidate, early_stop, select_evl, sweep_epsilon
+from momo.merge.selecting.evl import Candidate, early_stop, select_evl, sweep_epsilon
 
 
 def falling_curves(sensors: int, checkpoints: int, seed: int) -> list[list[Candidate]]:

@@ -10,7 +10,7 @@ import torch
 
 from momo.corpus import Corpus
 from momo.errors import MergeError
-from momo.merge.cka import block_grams, compare, debiased_cka, encoder_of, gram, linear_cka
+from momo.merge.diagnose.cka import block_grams, compare, debiased_cka, encoder_of, gram, linear_cka
 from momo.models import build_mae
 from momo.normalise import Normalisation
 from momo.pretrain.validation_tiles import ValidationTiles

@@ -19,8 +19,8 @@ from PIL import Image
 
 from momo.config import load_config
 from momo.errors import ConfigError, DataError, MergeError
-from momo.merge.diagnose import DiagnoseConfig, diagnose
-from momo.merge.diagnose_plots import colours, plot_cka, short_layer
+from momo.merge.diagnose.diagnosing import DiagnoseConfig, diagnose
+from momo.merge.diagnose.plots import colours, plot_cka, short_layer
 from momo.pretrain.losses_of import LossMeter
 from momo.pretrain.validating import ValidateConfig, validate
 from momo.weights import load_card, load_weights, save_weights
@@ -163,7 +163,7 @@ def test_the_same_again_measures_nothing_and_gives_the_same_bytes(world, done, m
 KILLED = """
 import sys, time
 from momo.config import load_config
-from momo.merge.diagnose import DiagnoseConfig, diagnose
+from momo.merge.diagnose.diagnosing import DiagnoseConfig, diagnose
 from momo.pretrain.losses_of import LossMeter
 measured = LossMeter.losses
 def slow(self, *given):

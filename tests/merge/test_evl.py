@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from momo.errors import MergeError
-from momo.merge import evl
-from momo.merge.epsilon import nearest_ranges, normal_factor, used_range
-from momo.merge.evl import (
+from momo.merge.selecting import evl
+from momo.merge.selecting.epsilon import nearest_ranges, normal_factor, used_range
+from momo.merge.selecting.evl import (
     Candidate,
     EpsilonRange,
     distance,
@@ -24,7 +24,7 @@ from momo.merge.evl import (
     smallest_epsilon,
     sweep_epsilon,
 )
-from momo.merge.smoothing import non_increasing, smooth
+from momo.merge.selecting.smoothing import non_increasing, smooth
 
 
 def brute_force(curves, epsilon):

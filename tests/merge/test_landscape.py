@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from momo.errors import MergeError
-from momo.merge.landscape import (
+from momo.merge.diagnose.landscape import (
     LossCache,
     barrier,
     combine,

@@ -18,12 +18,12 @@ from momo.config import config_from_dict, load_config
 from momo.corpus import Corpus
 from momo.errors import ConfigError, DataError, MergeError
 from momo.merge import MergeConfig, make_plan, merge, merged_state
-from momo.merge.search import best_trial, search
-from momo.merge.search_config import SearchConfig
-from momo.merge.search_log import Trial, TrialLog
-from momo.merge.search_losses import Bench, split_halves
-from momo.merge.search_report import gain_lines
-from momo.merge.search_space import Point, Space, depth_groups
+from momo.merge.search.config import SearchConfig
+from momo.merge.search.log import Trial, TrialLog
+from momo.merge.search.losses import Bench, split_halves
+from momo.merge.search.report import gain_lines
+from momo.merge.search.searching import best_trial, search
+from momo.merge.search.space import Point, Space, depth_groups
 from momo.models import build_mae, load_mae
 from momo.models.masking import mask_noise, sample_rng
 from momo.normalise import Normalisation
@@ -147,8 +147,8 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(project, tmp_path):
     code = (
         "import json, sys, torch; torch.set_num_threads(1)\n"
         "from momo.config import config_from_dict\n"
-        "from momo.merge.search import search\n"
-        "from momo.merge.search_config import SearchConfig\n"
+        "from momo.merge.search.searching import search\n"
+        "from momo.merge.search.config import SearchConfig\n"
         "search(config_from_dict(SearchConfig, json.loads(sys.argv[1])))\n"
     )
     log = tmp_path / "b-trials.jsonl"

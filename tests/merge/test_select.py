@@ -11,8 +11,8 @@ from PIL import Image
 
 from momo.config import load_config
 from momo.errors import CheckpointError, ConfigError, MergeError
-from momo.merge.select_config import SelectConfig
-from momo.merge.selecting import select
+from momo.merge.selecting.choose import select
+from momo.merge.selecting.config import SelectConfig
 from momo.merge.selection import read_selection
 from momo.weights import load_card
 from tests.conftest import write_weights

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 from momo.errors import CheckpointError, MergeError
 from momo.files import sha256_file
-from momo.merge.curves import read_curve
-from momo.merge.plot import curve_styles
-from momo.merge.select_config import SelectConfig
-from momo.merge.selecting import select
+from momo.merge.selecting.choose import select
+from momo.merge.selecting.config import SelectConfig
+from momo.merge.selecting.curves import read_curve
+from momo.merge.selecting.plot import curve_styles
 from momo.merge.selection import read_selection
 from momo.sensors import sensor_colour
 from tests.conftest import write_weights

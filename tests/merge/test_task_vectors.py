@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from momo.errors import MergeError
-from momo.merge import task_vectors
-from momo.merge.task_vectors import layer_of, layer_order, measure_task_vectors
+from momo.merge.diagnose import task_vectors
+from momo.merge.diagnose.task_vectors import layer_of, layer_order, measure_task_vectors
 from momo.models import build_mae
 from momo.weights import TensorInfo
 from tests.conftest import PICO

@@ -20,7 +20,7 @@ from momo.pretrain.validation import protocol_hash, summarise, tile_losses
 from momo.pretrain.validation_tiles import ValidationTiles
 from momo.weights import Card, load_card, load_weights, save_weights
 from tests.conftest import PICO, write_corpus, write_weights
-from tests.momo.test_validation import damage, set_units
+from tests.momo.validation_helper import damage, set_units
 
 OPTIONS = {"samples": 6, "batch_size": 4, "seed": 9}
 

@@ -1,7 +1,7 @@
 """`momo merge search`: coefficients of a merge by the sensors' own validation losses.
 
 <out>.yaml            the merge found, for momo merge --config
-<out>-trials.jsonl    every trial, see `merge.search_log`; a search that was stopped goes on from it
+<out>-trials.jsonl    every trial, see `momo.merge.search.log`; a search that was stopped goes on from it
 <out>-report.json     losses and gains on tiles the search did not see
 <out>.png             loss against trial, and against the coefficient where there is one
 
@@ -23,12 +23,12 @@ from momo.errors import CheckpointError, DataError, MergeError
 from momo.extras import require
 from momo.files import write_json, write_text
 
-from .plan import MergePlan, make_plan, merged_state
-from .search_config import SearchConfig
-from .search_log import Trial, TrialLog
-from .search_losses import HELD_OUT, SEARCHED, Bench, TileLosses
-from .search_report import file_text, plot_search, report_fields, table
-from .search_space import Point, Space, depth_groups
+from ..plan import MergePlan, make_plan, merged_state
+from .config import SearchConfig
+from .log import Trial, TrialLog
+from .losses import HELD_OUT, SEARCHED, Bench, TileLosses
+from .report import file_text, plot_search, report_fields, table
+from .space import Point, Space, depth_groups
 
 
 def search(config: SearchConfig) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .methods.registry import METHODS
+from ..methods.registry import METHODS
 
 REFERENCE = "task_arithmetic"
 COEFFICIENT, LAYERS = "coefficient", "layers."

@@ -15,7 +15,7 @@ SMOOTHINGS = ("none", "running_min", "isotonic")
 STDERRS = ("tiles", "products")
 CORRECTIONS = ("bonferroni", "none")
 ALLOWED = ("protocol", "count", "fingerprint", "base", "unknown_protocol", "unknown_base", "missing_checkpoint")
-"""What `allow` may let through, by name; see `momo.merge.comparable`."""
+"""What `allow` may let through, by name; see `momo.merge.selecting.comparable`."""
 
 
 @dataclass(kw_only=True)

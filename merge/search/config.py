@@ -10,8 +10,8 @@ from typing import Any
 from momo.config import one_of, option, positive
 from momo.errors import ConfigError
 
-from .config import MergeConfig
-from .methods.registry import METHODS
+from ..config import MergeConfig
+from ..methods.registry import METHODS
 
 PER = ("shared", "sensor", "layer_group")
 OBJECTIVES = ("mean", "worst")

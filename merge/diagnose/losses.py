@@ -11,7 +11,6 @@ from momo.errors import CheckpointError, ConfigError
 from momo.pretrain.losses_of import LossMeter
 from momo.weights import Card
 
-from .diagnose_models import BASE, DiagnoseConfig, Models, count_entries, progress_bar
 from .landscape import (
     Factors,
     LossCache,
@@ -26,6 +25,7 @@ from .landscape import (
     mean_loss,
     plane_through,
 )
+from .models import BASE, DiagnoseConfig, Models, count_entries, progress_bar
 
 MEAN = "mean"
 CACHE_SUFFIX = ".losses.jsonl"

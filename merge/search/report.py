@@ -11,9 +11,9 @@ from momo.files import atomic_file
 from momo.sensors import sensor_colour
 from momo.version import __version__
 
-from .search_log import Trial
-from .search_losses import HELD_OUT, SEARCHED, Bench, TileLosses
-from .search_space import COEFFICIENT, Space
+from .log import Trial
+from .losses import HELD_OUT, SEARCHED, Bench, TileLosses
+from .space import COEFFICIENT, Space
 
 _REFERENCES = ("0.5", "average")
 _ROOM = 0.04  # of the lowest score, above it in the plot

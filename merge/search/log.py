@@ -14,7 +14,7 @@ from typing import Any
 from momo.errors import MergeError
 from momo.files import write_text
 
-from .search_space import Point
+from .space import Point
 
 FORMAT = "momo-search-trials"
 

@@ -7,15 +7,15 @@ from typing import Any
 
 from momo.errors import CheckpointError, MergeError
 
+from ..sources import open_source
 from .curves import Curve, Point
-from .sources import open_source
 
 
 class Gate:
     """Refuses what does not belong together, unless the check was let through by name.
 
     Args:
-        allow: Names of `momo.merge.select_config.ALLOWED`.
+        allow: Names of `momo.merge.selecting.config.ALLOWED`.
 
     Attributes:
         notes: One sentence for each check that was let through.

@@ -84,7 +84,7 @@ class Curve:
 
 
 def smoothed_curve(curve: Curve, smoothing: str) -> Curve:
-    """Returns the curve with `smoothed` filled in; see `momo.merge.smoothing.smooth`."""
+    """Returns the curve with `smoothed` filled in; see `momo.merge.selecting.smoothing.smooth`."""
     losses = smooth([p.loss for p in curve.points], [p.stderr for p in curve.points], smoothing)
     return dataclasses.replace(curve, smoothed=tuple(losses))
 

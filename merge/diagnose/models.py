@@ -15,10 +15,10 @@ from momo.extras import require
 from momo.sensors import SENSORS
 from momo.weights import Card
 
-from .audit import Parent
-from .config import SCOPES, MergeConfig
-from .plan import make_plan
-from .sources import Source, open_source
+from ..audit import Parent
+from ..config import SCOPES, MergeConfig
+from ..plan import make_plan
+from ..sources import Source, open_source
 
 MERGED, BASE = "merged", "base"
 

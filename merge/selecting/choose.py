@@ -8,14 +8,14 @@ from typing import Any
 
 from momo.extras import require
 
+from ..selection import Chosen, Selection
 from .comparable import Gate, check_comparable, check_names, find_base, hash_of_checkpoint
+from .config import SelectConfig
 from .curves import Curve, curve_order, read_curve, smoothed_curve
 from .epsilon import auto_epsilon, epsilon_ranges, nearest_ranges, sweep_entries
 from .evl import EpsilonRange, early_stop
 from .plot import plot_selection
 from .rules import Outcome, apply_rule
-from .select_config import SelectConfig
-from .selection import Chosen, Selection
 
 
 def select(config: SelectConfig) -> Path:

@@ -7,8 +7,8 @@ from typing import Any
 
 from momo.pages import Picture, page_style, template_environment
 
-from .diagnose_plots import MEAN, plot_cka, plot_lines, plot_plane, plot_task_vectors
 from .landscape import mean_loss
+from .plots import MEAN, plot_cka, plot_lines, plot_plane, plot_task_vectors
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -19,9 +19,9 @@ from momo.version import __version__
 from momo.weights import Card
 
 from .cka import LEAST_TILES, block_grams, compare, encoder_of
-from .diagnose_losses import MEAN, measure_losses
-from .diagnose_models import DiagnoseConfig, Models, count_entries, joint_card, open_models, progress_bar
 from .landscape import mean_loss
+from .losses import MEAN, measure_losses
+from .models import DiagnoseConfig, Models, count_entries, joint_card, open_models, progress_bar
 from .task_vectors import measure_task_vectors
 
 __all__ = ["DiagnoseConfig", "diagnose"]
@@ -45,7 +45,7 @@ def diagnose(config: DiagnoseConfig) -> Path:
         ConfigError: A name or option fits nothing, or a package is missing.
         DataError: `out` exists, or a corpus cannot be read.
     """
-    from .diagnose_page import write_report
+    from .page import write_report
 
     for module in ("matplotlib", "jinja2"):
         require(module, "merge")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from momo.errors import MergeError
 
+from .config import SelectConfig
 from .curves import Curve
 from .evl import Candidate, Pick, distance, early_stop, last, select_evl, spread
-from .select_config import SelectConfig
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from momo.pretrain.validation import LossEstimate, product_stderr
 from momo.pretrain.validation_tiles import ValidationTiles
 from momo.weights import Card
 
-from .plan import MergePlan
-from .search_config import SearchConfig
+from ..plan import MergePlan
+from .config import SearchConfig
 
 TileLosses = dict[str, torch.Tensor]
 SEARCHED, HELD_OUT = "searched", "held_out"
