@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny seeded corpora, pico weights and a random AlexNet, made once a session; a pico model."""
+"""Shared fixtures: tiny seeded corpora and pico weights, made once a session."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import pytest
 import torch
 
 from momo.data_prep.shards import CorpusWriter, TileRecord
-from momo.models import Architecture, MaskedAutoencoder, build_mae
-from momo.models.lpips import BACKBONE_FILE
+from momo.models import Architecture, build_mae
 from momo.normalise import Normalisation
 from momo.weights import Card, save_weights
-from tests.momo.objective_helper import random_alexnet
 
 torch.set_num_threads(1)
 PICO = Architecture(size="pico", image_size=32, patch_size=8)
@@ -90,27 +88,8 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wide_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 validation tiles of the products P3, P4 and P5."""
-    return write_corpus(tmp_path_factory.mktemp("wide") / "c", val=20)
-
-
-@pytest.fixture(scope="session")
 def pico_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_weights(tmp_path_factory.mktemp("weights") / "pico")
-
-
-@pytest.fixture
-def model() -> MaskedAutoencoder:
-    return build_mae(PICO, seed=0)
-
-
-@pytest.fixture(scope="session")
-def alexnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("lpips", reason='the heads of LPIPS need pip install "momo[pretrain]"')
-    path = tmp_path_factory.mktemp("alexnet") / BACKBONE_FILE
-    torch.save(random_alexnet(), path)
-    return path
 
 
 @pytest.fixture(scope="session")

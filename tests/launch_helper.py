@@ -45,7 +45,7 @@ def environment(tools: Path, momo: str, **more: str) -> dict[str, str]:
 
 def call(script: str, *arguments: object, env: dict[str, str], cwd: Path, **more: str):
     command = ["bash", str(SCRIPTS / script), *map(str, arguments)]
-    return subprocess.run(command, env=env | more, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=env | more, cwd=cwd, capture_output=True, text=True, timeout=400, check=False)
 
 
 def slurm(tmp_path: Path, env: dict[str, str], tasks: int) -> dict[str, str]:
@@ -63,7 +63,7 @@ def free_port() -> int:
                 return port
 
 
-def wait_until(condition, job: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_until(condition, job: subprocess.Popen[str], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the job did not get there in time"

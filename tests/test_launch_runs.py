@@ -15,6 +15,7 @@ from momo.runs import read_checkpoints, read_metrics
 from tests.conftest import write_corpus
 from tests.launch_helper import SCRIPTS, SLURM, call, environment, free_port, put, slurm, wait_until
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 REAL = f'#!/bin/bash\nexec {sys.executable} -m momo "$@"\n'
 JOB = [
     "model.size=pico", "model.patch_size=8", "train.batch_size=8", "train.precision=fp32", "train.log_every=2",
@@ -26,9 +27,6 @@ JOB = [
 @pytest.fixture
 def real(tmp_path) -> dict[str, str]:
     return environment(tmp_path / "bin", REAL, OMP_NUM_THREADS="1")
-
-
-# --- real runs ------------------------------------------------------------------------------------------------------
 
 
 def seen(run: Path) -> int:
@@ -50,7 +48,7 @@ def stopped(command: list[object], run: Path, env: dict[str, str], cwd: Path, st
     )
     wait_until(lambda: seen(run) > before, job)
     stop(job)
-    out, _ = job.communicate(timeout=60)
+    out, _ = job.communicate(timeout=200)
     assert job.returncode == 0, out
     assert before < saved(run) < 1200 and "Traceback" not in out, out
     return out
@@ -76,7 +74,6 @@ def straight(tmp_path_factory, corpus) -> list[str | None]:
     return hashes(folder / "straight")
 
 
-@pytest.mark.slow
 def test_moved_from_launcher_to_launcher_a_run_keeps_its_bytes(tmp_path, real, corpus, straight):
     """One run, stopped by signals under pretrain.sh, on two nodes by ssh, and under SLURM."""
     run, ours = tmp_path / "moved", ["out=moved", *JOB, f"data.corpora=[{corpus}]"]
@@ -110,32 +107,21 @@ def test_moved_from_launcher_to_launcher_a_run_keeps_its_bytes(tmp_path, real, c
     assert kinds == ["signal", "resumed"] * 3
 
 
-@pytest.mark.slow
 def test_two_nodes_in_one_go_equal_one(tmp_path, real, corpus, straight):
     job = [*JOB, f"data.corpora=[{corpus}]"]
-    where = [
-        "--no_ssh",
-        "--nnodes",
-        "2",
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(free_port()),
-        "--ranks",
-        "1",
-    ]
+    where = ["--no_ssh", "--nnodes", 2, "--master_addr", "127.0.0.1", "--master_port", free_port(), "--ranks", 1]
     nodes = [
         subprocess.Popen(
-            ["bash", str(SCRIPTS / "pretrain_multinode.sh"), *where, "--node_rank", str(node), "out=two", *job],
-            env=real, cwd=tmp_path,
+            [*map(str, ["bash", SCRIPTS / "pretrain_multinode.sh", *where, "--node_rank", node, "out=two", *job])],
+            env=real,
+            cwd=tmp_path,
         )
         for node in range(2)
-    ]  # fmt: skip
-    assert [node.wait(120) for node in nodes] == [0, 0]
+    ]
+    assert [node.wait(500) for node in nodes] == [0, 0]
     assert hashes(tmp_path / "two") == straight
 
 
-@pytest.mark.slow
 def test_sensors_side_by_side_from_one_base(tmp_path, real, pico_weights):
     for name, sensor in {"ctx": "CTX", "themis": "THEMIS"}.items():
         write_corpus(tmp_path / "c" / name, sensor=sensor)
@@ -155,7 +141,6 @@ def test_sensors_side_by_side_from_one_base(tmp_path, real, pico_weights):
 # --- the bench ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_gpu_bench_runs_on_the_cpu(tmp_path, real):
     env = real | {"MOMO_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu"}
     arguments = ["--device", "cpu", "--modes", "plain,checkpointing", "--tiles", "16", "--out", "out"]

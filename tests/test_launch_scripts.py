@@ -198,7 +198,7 @@ def test_a_signal_ends_the_job_and_starts_no_more(tmp_path):
     job = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     wait_until((tmp_path / "started").is_file, job)
     job.send_signal(signal.SIGUSR1)
-    out, _ = job.communicate(timeout=30)
+    out, _ = job.communicate(timeout=200)
     assert job.returncode == 0 and (tmp_path / "told").is_file()
     assert "stopped" in out and out.count("not started") == 2
 
@@ -252,7 +252,7 @@ def test_a_cancelled_job_stays_ended(tmp_path):
     job = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     wait_until((tmp_path / "started").is_file, job)
     job.send_signal(signal.SIGTERM)
-    _, err = job.communicate(timeout=30)
+    _, err = job.communicate(timeout=200)
     assert job.returncode == 0 and "ended by SLURM; submit the job again to continue" in err
     assert not (tmp_path / "requeued").exists()
 

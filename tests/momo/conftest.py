@@ -1,12 +1,19 @@
-"""A process group of one, so that a trainer runs in the test's own process, and a hand in its steps."""
+"""A process group of one, so that a trainer runs in the test's own process; models and a corpus that files share."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+
+from momo.models import MaskedAutoencoder, build_mae
+from momo.models.lpips import BACKBONE_FILE
+from tests.conftest import PICO, write_corpus
+from tests.momo.objective_helper import random_alexnet
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +52,22 @@ def interfere(monkeypatch):
             return trainer.train()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def wide_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 validation tiles of the products P3, P4 and P5."""
+    return write_corpus(tmp_path_factory.mktemp("wide") / "c", val=20)
+
+
+@pytest.fixture
+def model() -> MaskedAutoencoder:
+    return build_mae(PICO, seed=0)
+
+
+@pytest.fixture(scope="session")
+def alexnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("lpips", reason='the heads of LPIPS need pip install "momo[pretrain]"')
+    path = tmp_path_factory.mktemp("alexnet") / BACKBONE_FILE
+    torch.save(random_alexnet(), path)
+    return path

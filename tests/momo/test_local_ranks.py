@@ -106,7 +106,7 @@ def start_until_ranks(folder: Path, corpus: Path) -> subprocess.Popen[str]:
     """Starts a job and returns as soon as its first rank is a process, long before that listens."""
     config = make_config(folder / "run", corpus, "train.samples=9600", "validation.every=4800", "ranks=2")
     job = start_job(folder, config, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not ranks_of(job.pid):
         assert job.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
@@ -134,7 +134,7 @@ def test_a_signal_while_the_ranks_start(tmp_path, corpus, number, code, text, wa
         os.killpg(job.pid, number)  # a terminal sends it to all processes
     else:
         job.send_signal(number)
-    _, err = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=200)
     assert (job.returncode, err) == (code, text)
 
 
@@ -145,7 +145,7 @@ def test_ranks_whose_launcher_died_while_they_start_end(tmp_path, corpus):
     ranks = ranks_of(job.pid)
     job.kill()
     job.wait(30)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while any(Path(f"/proc/{rank}").exists() for rank in ranks):
         assert time.monotonic() < deadline, "a rank lives on without its launcher"
         time.sleep(0.05)
