@@ -101,7 +101,8 @@ def _killed(processes: Sequence[Any]) -> dict[int, int]:
 def _name(number: int) -> str:
     # Linux's out-of-memory killer sends SIGKILL, and says so only in the kernel's log.
     memory = " (the machine may be out of memory)" if number == signal.SIGKILL else ""
-    return f"{signal.Signals(number).name}{memory}"
+    known = {member.value: member.name for member in signal.Signals}
+    return f"{known.get(number, f'signal {number}')}{memory}"
 
 
 class _StopSignals:

@@ -67,6 +67,7 @@ LOST, FULL = LostRankError("lost"), DataError("full")
         ({1: 9}, LOST, False, "a training process died: rank 1, SIGKILL"),
         ({1: 9}, LOST, True, "a training process died: rank 1, SIGKILL"),
         ({0: 11, 1: 11}, None, False, "a training process died: rank 0, SIGSEGV, rank 1, SIGSEGV"),
+        ({0: 40}, None, False, "a training process died: rank 0, signal 40. Rule: "),
         ({1: 15}, LOST, False, "a training process died: rank 1, SIGTERM"),
         ({1: 15}, FULL, True, "full"),
         ({}, LOST, False, "lost"),
