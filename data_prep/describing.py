@@ -78,7 +78,7 @@ def describe(config: DescribeConfig, report: Callable[[str], None] = print) -> P
     found = _findings(corpus, config.seed)
     card = _card(found, path.name)
     lines = summary(found)
-    with atomic_folder(out, replace=True) as folder:
+    with atomic_folder(out, replaces=lambda _: True) as folder:
         write_card(card, folder)
         write_json(folder / "card.json", numbers(found))
     for line in [f"data card of {config.corpus}", *lines, f"-> {out / 'index.html'}"]:

@@ -95,7 +95,7 @@ def prep(config: PrepConfig, report: Report = print) -> PrepResult:
         report(f"{out} is complete already: {sum(done.splits.values())} tiles; nothing to do")
         return PrepResult(Path(config.out), [])
     with (
-        atomic_folder(out, replace=done is not None) as folder,
+        atomic_folder(out, replaces=None if done is None else lambda _: True) as folder,
         open_workers(config, len(sources), work) as workers,
     ):
         report(f"{len(sources)} {'file' if len(sources) == 1 else 'files'}, {workers.description}")

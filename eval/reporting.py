@@ -11,7 +11,7 @@ from typing import Any
 from momo.config import option
 from momo.corpus import Corpus
 from momo.errors import CheckpointError, ConfigError, EvalError
-from momo.files import atomic_folder
+from momo.files import atomic_folder, holds_only
 from momo.weights import Card, load_card
 
 from .report_commands import commands
@@ -104,7 +104,8 @@ def report(config: ReportConfig, *, say: Callable[[str], None] = print) -> Path:
         The path of `index.html`.
 
     Raises:
-        ConfigError: Nothing to show was given, or `out` is a folder that holds something else.
+        ConfigError: Nothing to show was given.
+        DataError: `out` holds something else than an older report.
         MomoError: Something that was given is missing, damaged or of another format.
     """
     out = Path(config.out)
@@ -114,19 +115,19 @@ def report(config: ReportConfig, *, say: Callable[[str], None] = print) -> Path:
             rule="at least one of results, runs, selection, weights, corpora is given",
             fix="see configs/report.yaml",
         )
-    if out.exists() and not (out / "index.html").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(
-            "the output folder holds something that is no report",
-            seen=out,
-            rule="a report replaces only an older report",
-            fix="choose another `out`",
-        )
-    page = _build(config, _read(config))
-    with atomic_folder(out, replace=True) as partial:
+    with atomic_folder(out, replaces=_is_report) as partial:
+        page = _build(config, _read(config))
         write_page(page, partial)
     size = (out / "index.html").stat().st_size / 1e6
     say(f"report: {out / 'index.html'} ({size:.1f} MB, one file) and {out / 'report.md'}")
     return out / "index.html"
+
+
+def _is_report(folder: Path) -> bool:
+    page = folder / "index.html"
+    if not page.is_file() or not holds_only(folder, "index.html", "report.md", "figures"):
+        return False
+    return '<meta name="generator" content="momo ' in page.read_text(encoding="utf-8", errors="replace")[:2000]
 
 
 def _read(config: ReportConfig) -> _Inputs:

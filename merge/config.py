@@ -128,6 +128,8 @@ def _check_options(config: MergeConfig, method: Method) -> None:
         "coefficients": config.coefficient is not None or bool(config.coefficients or config.layers or config.ramp),
         "density": config.density is not None,
         "fisher": bool(config.fisher),
+        "outliers": config.outliers != MergeConfig.outliers,
+        "seed": config.seed != MergeConfig.seed,
     }
     for name, is_given in given.items():
         if is_given and name not in method.uses:

@@ -288,7 +288,7 @@ def _split(
         )
     if config.rest == DROP:
         return merged, {}, others
-    if others and config.rest not in everyone:
+    if config.rest not in everyone and (others or config.rest != MergeConfig.rest):
         raise MergeError(
             "rest names no parent of this merge",
             seen=config.rest,

@@ -94,6 +94,15 @@ class Selection:
         write_text(path, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
 
 
+def is_selection(path: Path) -> bool:
+    """Says whether a file is a SELECTION of any version."""
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        return False
+    return isinstance(fields, dict) and fields.get("format") == FORMAT
+
+
 def read_selection(path: Path) -> Selection:
     """Reads a SELECTION file; its paths come back relative to the working folder.
 

@@ -21,6 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from .errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
+# Likeness from which a word is taken for a mistyped other one.
+_NEAR = 0.4
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
@@ -67,7 +69,7 @@ def load_config(schema: type[ConfigT], path: Path | None = None, overrides: Sequ
                 rule="overrides are dotted keys with a value",
                 fix="write for example train.samples=20000",
             )
-        layers.append((f"override {item!r}", OmegaConf.to_container(OmegaConf.from_dotlist([item]))))
+        layers.append((f"override {item!r}", _read_override(item)))
     return config_from_layers(schema, layers)
 
 
@@ -117,6 +119,18 @@ def _merged(config: Any, values: dict[str, Any], source: str) -> Any:
         ) from error
 
 
+def _read_override(item: str) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([item]))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            "the value of an override cannot be read",
+            seen=f"{item}: {' '.join(str(error).split())}",
+            rule="values are YAML: numbers, words, [a, list], {a: mapping}",
+            fix="close every bracket and quote; quote the whole item where the shell would split it",
+        ) from None
+
+
 def _read_yaml(path: Path) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.load(path)) or {}
@@ -147,19 +161,40 @@ def _check_keys(schema: type, values: dict[str, Any], prefix: str, source: str) 
     for key, value in values.items():
         if key not in hints:
             known = [prefix + name for name in hints]
-            near = difflib.get_close_matches(prefix + str(key), known, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(prefix + str(key), known, n=1, cutoff=_NEAR)
             raise ConfigError(
                 "unknown configuration key",
                 seen=f"{prefix}{key} in {source}",
                 rule=f"known keys here: {', '.join(known)}",
                 fix=f"did you mean {near[0]!r}?" if near else None,
             )
+        _check_kind(hints[key], value, prefix + str(key), source)
         inner = nested_schema(hints[key])
         if inner is None:
             continue
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, dict):
                 _check_keys(inner, item, f"{prefix}{key}.", source)
+
+
+def _check_kind(annotation: Any, value: Any, key: str, source: str) -> None:
+    """Refuses a single value where a list or a mapping is wanted, and one of these for the other."""
+    choices = [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        choices = [inner for inner in typing.get_args(annotation) if inner is not types.NoneType]
+    kinds = {typing.get_origin(choice) for choice in choices}
+    shown = "..." if isinstance(value, (list, dict)) else value
+    for kind, words, example in (
+        (list, "a list, in brackets", f"[{shown}]"),
+        (dict, "a mapping, in braces", f"{{name: {shown}}}"),
+    ):
+        if kinds == {kind} and value is not None and not isinstance(value, kind):
+            raise ConfigError(
+                "a configuration value does not fit",
+                seen=f"{key}: {value} in {source}",
+                rule=f"{key} is {words}",
+                fix=f"write {key}={example}",
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -192,7 +227,7 @@ def describe_options(schema: type, prefix: str = "") -> Iterator[tuple[str, str,
 def one_of(key: str, value: str, choices: Sequence[str]) -> None:
     """Raises ConfigError when `value` is not one of `choices`, naming the nearest one."""
     if value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(value, choices, n=1, cutoff=_NEAR)
         raise ConfigError(
             f"{key} has an unknown value",
             seen=repr(value),

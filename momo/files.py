@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import DataError
 
@@ -66,6 +69,48 @@ def _alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
+def locked(path: Path, *, what: str, wait_s: float) -> Iterator[None]:
+    """Holds a lock that ends with this process; on file systems without locks nothing is held.
+
+    Args:
+        path: The lock's file, made where it is missing and left behind.
+        what: What it protects, for the message.
+        wait_s: Seconds to wait for another process.
+
+    Raises:
+        DataError: Another process still has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_s
+    with open(path, "a+", encoding="utf-8") as stream:
+        while not _lock(stream):
+            if time.monotonic() > deadline:
+                stream.seek(0)
+                raise DataError(
+                    f"{what} is being written by another process",
+                    seen=f"{path.parent}: {stream.read().strip() or 'unknown'}",
+                    rule="one process at a time",
+                    fix="wait for it or end it, then start again; or choose another `out`",
+                )
+            time.sleep(0.1)
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        stream.flush()
+        yield
+
+
+def _lock(stream: IO[str]) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+    return True
+
+
+@contextlib.contextmanager
 def atomic_file(final: Path) -> Iterator[Path]:
     """Gives a temporary path to write; on success it is renamed to `final`, on failure removed."""
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -91,23 +136,20 @@ def write_json(final: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(final: Path, *, replaces: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Gives a temporary folder to fill; on success it is renamed to `final`, on failure removed.
 
     Args:
         final: The folder to make.
-        replace: Take the place of an existing folder (the old one stays whole until the new one is complete).
+        replaces: Says of an existing folder whether it is an older artefact of the same kind. The new one takes its
+            place, and that of an empty folder; the old one stays whole until then. None: nothing is replaced.
 
     Raises:
-        DataError: `final` exists and `replace` is false.
+        DataError: `final` exists and is not replaced.
     """
-    if final.exists() and not replace:
-        raise DataError(
-            "the output exists already",
-            seen=final,
-            rule="an artefact is never overwritten in passing",
-            fix="choose another `out`, or remove the folder",
-        )
+    final = Path(os.path.abspath(final))
+    if os.path.lexists(final):
+        _check_replaced(final, replaces)
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(final.parent)
     partial = partial_name(final)
@@ -123,3 +165,27 @@ def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
             os.rename(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_replaced(final: Path, replaces: Callable[[Path], bool] | None) -> None:
+    if replaces is None:
+        raise DataError(
+            "the output exists already",
+            seen=final,
+            rule="an artefact is never overwritten in passing",
+            fix="choose another `out`, or remove the folder",
+        )
+    here = Path.cwd()
+    own = final.is_dir() and not final.is_symlink() and final not in (here, *here.parents)
+    if not own or (any(final.iterdir()) and not replaces(final)):
+        raise DataError(
+            "the output is something else than an older one of this command",
+            seen=final,
+            rule="only a folder, no link, that the same command made and that holds nothing else is replaced",
+            fix="choose another `out`, or remove it yourself",
+        )
+
+
+def holds_only(folder: Path, *names: str) -> bool:
+    """Says whether all entries of a folder are among the names, which may have wildcards."""
+    return all(any(entry.match(name) for name in names) for entry in folder.iterdir())

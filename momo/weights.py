@@ -79,6 +79,8 @@ class Card:
         Raises:
             CheckpointError: A field is missing or unknown, or the layout is of another version.
         """
+        if not isinstance(fields, dict):
+            raise CheckpointError("the card cannot be read", seen=source, rule="it is one JSON object")
         if fields.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
                 "the card has another format version",

@@ -10,7 +10,7 @@ import torch
 from momo.config import to_dict
 from momo.corpus import Corpus
 from momo.extras import require
-from momo.files import atomic_folder, write_json
+from momo.files import atomic_folder, holds_only, write_json
 from momo.models.architecture import Architecture
 from momo.pretrain.config import ValidationOptions
 from momo.pretrain.validating import normalisation_for
@@ -50,7 +50,7 @@ def diagnose(config: DiagnoseConfig) -> Path:
     for module in ("matplotlib", "jinja2"):
         require(module, "merge")
     out = Path(config.out)
-    with atomic_folder(out, replace=config.overwrite) as folder:
+    with atomic_folder(out, replaces=_is_diagnosis if config.overwrite else None) as folder:
         models = open_models(config)
         notes: list[str] = []
         report: dict[str, Any] = {
@@ -71,6 +71,10 @@ def diagnose(config: DiagnoseConfig) -> Path:
         write_report(report, folder)
     print("\n".join([*summary(report), f"written: {out / 'report.html'}"]))
     return out
+
+
+def _is_diagnosis(folder: Path) -> bool:
+    return (folder / "diagnosis.json").is_file() and holds_only(folder, "diagnosis.json", "report.html", "*.png")
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

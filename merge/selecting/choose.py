@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from momo.errors import MergeError
 from momo.extras import require
 
-from ..selection import Chosen, Selection
+from ..selection import Chosen, Selection, is_selection
 from .comparable import Gate, check_comparable, check_names, find_base, hash_of_checkpoint
 from .config import SelectConfig
 from .curves import Curve, curve_order, read_curve, smoothed_curve
@@ -30,9 +32,12 @@ def select(config: SelectConfig) -> Path:
     Raises:
         CheckpointError: A run is missing, empty or damaged, or its base or a chosen checkpoint is not there.
         MergeError: A curve file is damaged, or the runs do not belong together: other base, other validation protocol,
-            two of one sensor without names.
+            two of one sensor without names; or `out` is something else than an older selection.
     """
     require("matplotlib.figure", "merge")
+    out = Path(config.out)
+    plot = out.with_suffix(".png")
+    _check_out(out, plot)
     read = [read_curve(Path(place), name) for name, place in config.places]
     curves = sorted((smoothed_curve(curve, config.smoothing) for curve in read), key=curve_order)
     gate = Gate(config.allow)
@@ -58,10 +63,7 @@ def select(config: SelectConfig) -> Path:
         smoothing=config.smoothing,
         sweep=sweep_entries(curves, shown),
     )
-    out = Path(config.out)
-    plot_selection(
-        curves, outcome.pick, config.rule, out.with_suffix(".png"), smoothing=config.smoothing, ranges=ranges
-    )
+    plot_selection(curves, outcome.pick, config.rule, plot, smoothing=config.smoothing, ranges=ranges)
     selection.write(out)
     print(selection_table(selection))
     if shown:
@@ -69,6 +71,18 @@ def select(config: SelectConfig) -> Path:
     for note in selection.notes:
         print(f"  note: {note}")
     return out
+
+
+def _check_out(out: Path, plot: Path) -> None:
+    """Refuses to replace anything but an older selection and its plot."""
+    for path in (out, plot):
+        if os.path.lexists(path) and not (path.is_file() and is_selection(out)):
+            raise MergeError(
+                "the output is something else than an older selection",
+                seen=path,
+                rule="momo select replaces a selection and the plot beside it, and nothing else",
+                fix="choose another `out`, or remove it yourself",
+            )
 
 
 def _epsilon(config: SelectConfig, curves: Sequence[Curve]) -> tuple[float | None, list[str]]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import errno
+import os
+import signal
 import sys
 import textwrap
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from ..config import describe_options, load_config, to_yaml
 from ..errors import ConfigError, MomoError, Stopped
@@ -16,7 +22,13 @@ from ..version import __version__
 from .commands import COMMANDS, Command
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
+_INTERRUPTED_TEXT = "interrupted; start the same command again to continue"
 _WIDTH, _KEY_WIDTH = 98, 18
+# Errors of files that lie with the machine or the user's paths, not with momo.
+_SURROUNDINGS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,15 +50,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"momo: {stop}", file=sys.stderr)
         return 0
     except KeyboardInterrupt:
-        print("momo: interrupted; start the same command again to continue", file=sys.stderr)
+        print(f"momo: {_INTERRUPTED_TEXT}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in _SURROUNDINGS:
+            return _bug()
+        print(f"momo: error: {_file_error(error)}", file=sys.stderr)
+        return USER_ERROR
     except Exception:  # the last line of defence: whatever comes here is a bug, and says so
-        traceback.print_exc()
-        print(f"momo: this is a bug in momo {__version__}; please report it with the lines above", file=sys.stderr)
-        return BUG
+        return _bug()
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    print(f"momo: this is a bug in momo {__version__}; please report it with the lines above", file=sys.stderr)
+    return BUG
+
+
+def _file_error(error: OSError) -> MomoError:
+    """Returns what a disk, a right or a name in the way says to a user."""
+    return MomoError(
+        "a file or folder cannot be read or written",
+        seen=f"{error.filename}: {error.strerror}" if error.filename else error.strerror,
+        rule="the place exists, has room, and may be read and written by this user",
+        fix="look at the path, the free space and the rights, or choose another `out`",
+    )
+
+
+@contextlib.contextmanager
+def _ending_at_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the process at once: libraries that are being imported swallow it or die of it half made."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        os.write(2, f"momo: {_INTERRUPTED_TEXT}\n".encode())
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _run(arguments: list[str]) -> int:
@@ -57,7 +107,8 @@ def _run(arguments: list[str]) -> int:
         print(f"momo {__version__}")
         return 0
     command, rest = _command(arguments)
-    schema, function = command.load()
+    with _ending_at_ctrl_c():
+        schema, function = command.load()
     parser = argparse.ArgumentParser(prog=f"momo {command.name}", add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", type=Path)

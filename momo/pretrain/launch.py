@@ -22,6 +22,7 @@ import torch.multiprocessing
 from ..config import config_from_dict, to_dict
 from ..errors import ConfigError, MomoError, Stopped
 from ..extras import require, require_installed
+from ..files import locked
 from ..machine import usable_cores
 from ..models.blocks import attention_kernel
 from ..runs import Checkpoint
@@ -36,6 +37,8 @@ from .plan import check_arithmetic
 from .probe import KnnProbe
 from .setup import Start, engine_config, make_card, make_start, store_config
 from .watchdog import Watchdog
+
+_LOCK_NAME, _LOCK_WAIT_S = ".lock", 20.0
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -169,11 +172,12 @@ def _rank_main(rank: int, ranks: int, store: str | None, fields: dict[str, Any])
         with stop_request.listening():
             if _orphaned():
                 return False
-            _join(rank, ranks, store, config.timeout_s)
-            beats = dist.distributed_c10d._get_default_store()
-            with Watchdog(beats, rank, ranks, config.timeout_s, give_up) as watchdog:
-                trainer = Trainer(config, rank=rank, ranks=ranks, beat=watchdog.beat, stop_request=stop_request)
-                complete = trainer.train()
+            with _owning(Path(config.out)) if rank == 0 else contextlib.nullcontext():
+                _join(rank, ranks, store, config.timeout_s)
+                beats = dist.distributed_c10d._get_default_store()
+                with Watchdog(beats, rank, ranks, config.timeout_s, give_up) as watchdog:
+                    trainer = Trainer(config, rank=rank, ranks=ranks, beat=watchdog.beat, stop_request=stop_request)
+                    complete = trainer.train()
         if store is None and stop_request.name == "SIGINT" and not complete:
             raise KeyboardInterrupt
         return complete
@@ -185,6 +189,11 @@ def _rank_main(rank: int, ranks: int, store: str | None, fields: dict[str, Any])
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _owning(run: Path) -> contextlib.AbstractContextManager[None]:
+    # The ranks of a launcher that was killed may still save their state.
+    return locked(run / _LOCK_NAME, what="the run", wait_s=_LOCK_WAIT_S)
 
 
 def _orphaned() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import multiprocessing.connection
 import multiprocessing.resource_tracker
 import os
@@ -44,6 +45,8 @@ def run_ranks(main: RankMain, ranks: int, fields: dict[str, Any]) -> list[int]:
         MomoError: A rank told an error, or died.
         KeyboardInterrupt: Ctrl-C came a second time.
     """
+    # What it says of ending ranks is told below, once.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     stop = _StopSignals()
     killed: dict[int, int] = {}
     with tempfile.TemporaryDirectory() as folder, stop.listening():

@@ -109,9 +109,9 @@ def test_markdown_has_its_figures_and_whole_tables(page):
 def test_same_inputs_give_same_bytes_and_replace_the_old_report(world, page, tmp_path):
     again = make(world, tmp_path / "report")
     assert again.read_bytes() == page.read_bytes()
-    (again.parent / "stale.txt").write_text("old")
+    (again.parent / "figures/stale.png").write_text("old")
     assert make(world, tmp_path / "report").read_bytes() == page.read_bytes()
-    assert not (again.parent / "stale.txt").exists()
+    assert not (again.parent / "figures/stale.png").exists()
     for figure in (page.parent / "figures").iterdir():
         assert (again.parent / "figures" / figure.name).read_bytes() == figure.read_bytes()
 
@@ -210,11 +210,21 @@ def test_weights_without_decoder_cannot_reconstruct(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
-def test_a_folder_that_is_no_report_is_left_alone(world, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="the output folder holds something that is no report"):
+@pytest.mark.parametrize("files", [["thesis.txt"], ["index.html"], ["index.html", "report.md", "figures"]])
+def test_a_folder_that_is_no_report_is_left_alone(world, tmp_path, files):
+    for name in files:
+        (tmp_path / name).write_text("years of work")
+    with pytest.raises(DataError, match="the output is something else than an older one of this command"):
         make({"corpora": world["corpora"]}, tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert all((tmp_path / name).read_text() == "years of work" for name in files)
+
+
+def test_a_report_with_something_beside_it_is_left_alone(world, tmp_path):
+    page = make({"corpora": world["corpora"][:1]}, tmp_path / "r")
+    (page.parent / "thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match="the output is something else than an older one of this command"):
+        make({"corpora": world["corpora"][:1]}, tmp_path / "r")
+    assert (page.parent / "thesis.txt").is_file()
 
 
 def test_shipped_configuration_is_valid():

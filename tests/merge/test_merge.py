@@ -272,9 +272,43 @@ def test_an_existing_output_is_replaced_only_when_told(copy):
     assert load_card(copy / "merged", check_hash=True).sha256 != before
 
 
+@pytest.mark.parametrize("place", ["MOC/checkpoints", "docs", "CTX", "foreign"])
+def test_nothing_but_a_merge_is_replaced(copy, place):
+    out = copy / place.replace("MOC", SENSORS[1])
+    if not out.exists():
+        merge(by_hand(copy, out=str(out)))
+    if place == "docs":
+        (out / "thesis.txt").write_text("years of work")
+    if place == "foreign":
+        card = load_card(out)
+        card.kind = "checkpoint"
+        save_weights(out, load_weights(out)[0], card)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises((DataError, MergeError), match="the output is"):
+        merge(by_hand(copy, out=str(out), overwrite=True))
+    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("inside", ["", "inner"])
+def test_an_input_is_never_written_to(copy, inside):
+    merge(by_hand(copy))
+    again = by_hand(copy, out=str(copy / "merged" / inside), overwrite=True)
+    again.checkpoints[0] = str(copy / "merged")
+    with pytest.raises(MergeError, match="the output is or lies in an input of the merge: out=.*, .* is .*merged"):
+        merge(again)
+    assert not (copy / "merged/inner").exists() and load_card(copy / "merged", check_hash=True)
+
+
+def test_equal_checkpoints_are_told(copy, capsys):
+    given = by_hand(copy).checkpoints
+    merge(by_hand(copy, checkpoints=[], models={"a": given[0], "b": given[1], "c": given[0]}, dry_run=True))
+    assert "WARNING: a and c are the same file" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"rest": "MOC"}, "rest names no parent of this merge: MOC"),
         ({"layers": {"blocks.9.*": 0.5}}, r"layers names layers that are not there: blocks.9.\*"),
         ({"include": ["encoder.*"]}, "include names layers that are not there"),
         ({"exclude": ["*"]}, "nothing is left to merge"),
@@ -318,6 +352,8 @@ BOTH = {"base": "b", "checkpoints": ["a", "c"]}
         ({**BOTH, "method": "model_stock", "coefficient": 0.5}, "model_stock takes no coefficients"),
         ({**BOTH, "density": 0.5}, "task_arithmetic takes no density"),
         ({**BOTH, "fisher": {"a": "f"}}, "task_arithmetic takes no fisher"),
+        ({**BOTH, "seed": 1}, "task_arithmetic takes no seed: .*seed is for dare"),
+        ({**BOTH, "outliers": 0.1}, "task_arithmetic takes no outliers: .*outliers is for breadcrumbs"),
         ({**BOTH, "method": "fisher"}, "the Fisher files are missing"),
     ],
 )

@@ -258,3 +258,18 @@ def test_files_that_are_not_there(tmp_path):
         read_curve(tmp_path / "none.csv")
     with pytest.raises(CheckpointError, match="this is no run"):
         read_curve(tmp_path / "none")
+
+
+def test_an_older_selection_is_replaced_and_nothing_else(world):
+    run_select(world, epsilon=0.03)
+    assert run_select(world, epsilon=0.5).epsilon_requested == 0.5
+    (world / "mine.yaml").write_text("user: file\n")
+    (world / "other.png").write_bytes(b"mine")
+    (world / "folder.yaml").mkdir()
+    (world / "link.yaml").symlink_to("nowhere.yaml")
+    before = sorted(world.rglob("*"))
+    for name in ("mine.yaml", "other.yaml", "folder.yaml", "link.yaml"):
+        with pytest.raises(MergeError, match="the output is something else than an older selection: .*remove it your"):
+            run_select(world, out=str(world / name))
+    assert sorted(world.rglob("*")) == before
+    assert (world / "mine.yaml").read_text() == "user: file\n" and (world / "other.png").read_bytes() == b"mine"

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import signal
 import subprocess
 import sys
 import typing
@@ -117,6 +120,56 @@ def test_interrupt_exits_130(monkeypatch, capsys):
     monkeypatch.setattr(type(COMMANDS["merge"]), "load", interrupted)
     assert main(["merge", "out=x"]) == 130
     assert "start the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "text"),
+    [
+        (
+            errno.EROFS,
+            2,
+            "momo: error: a file or folder cannot be read or written: ro/x: Read-only file system.",
+        ),
+        (errno.ENOTDIR, 2, "momo: error: a file or folder cannot be read or written: ro/x: Not a directory."),
+        (errno.ECHILD, 1, "this is a bug in momo"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_no_bug(monkeypatch, capsys, number, code, text):
+    def refuse(self):
+        raise OSError(number, os.strerror(number), "ro/x")
+
+    monkeypatch.setattr(type(COMMANDS["merge"]), "load", refuse)
+    assert main(["merge", "out=ro/x"]) == code
+    assert text in capsys.readouterr().err
+
+
+SWALLOWING = """
+import time
+try:
+    print("importing", flush=True)
+    time.sleep(60)
+except BaseException:
+    raise RuntimeError("half imported")
+"""
+IMPORTING = """
+import dataclasses, sys
+from momo.cli import main
+from momo.cli.commands import COMMANDS
+COMMANDS["merge"] = dataclasses.replace(COMMANDS["merge"], module="swallowing")
+sys.exit(main(["merge", "out=x"]))
+"""
+
+
+def test_ctrl_c_while_packages_are_imported(tmp_path):
+    (tmp_path / "swallowing.py").write_text(SWALLOWING)
+    (tmp_path / "job.py").write_text(IMPORTING)
+    job = subprocess.Popen(
+        [sys.executable, str(tmp_path / "job.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert job.stdout.readline() == "importing\n"
+    job.send_signal(signal.SIGINT)
+    _, err = job.communicate(timeout=60)
+    assert (job.returncode, err) == (130, "momo: interrupted; start the same command again to continue\n")
 
 
 HIDING = """

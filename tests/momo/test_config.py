@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -76,3 +77,44 @@ def test_sensors_by_name_and_by_label():
     assert sensor_from_instrument(' "CTX" ').name == "CTX" and sensor_from_instrument("HRSC") is None
     with pytest.raises(ConfigError, match=r"sensor has an unknown value: 'THEMS'.*did you mean 'THEMIS'"):
         sensor_named("THEMS")
+
+
+@dataclass
+class Kinds:
+    name: str = "n"
+    places: list[str] = option([])
+    maybe: list[str] | None = option(None)
+    factors: dict[str, float] = option({})
+    either: Any = None
+
+
+@pytest.mark.parametrize("item", ["name=[a,b", "name={a: 1", "name='a", "name=[a] b"])
+def test_an_override_that_is_no_yaml(item):
+    with pytest.raises(ConfigError, match="the value of an override cannot be read: name=.*close every bracket"):
+        load_config(Kinds, None, [item])
+
+
+@pytest.mark.parametrize(
+    ("item", "rule"),
+    [
+        ("places=a", r"places is a list, in brackets. Next: write places=\[a\]"),
+        ("maybe=a", r"maybe is a list, in brackets. Next: write maybe=\[a\]"),
+        ("places={a: b}", r"places is a list, in brackets. Next: write places=\[...\]"),
+        ("factors=0.5", r"factors is a mapping, in braces. Next: write factors={name: 0.5}"),
+        ("factors=[1]", r"factors is a mapping, in braces. Next: write factors={name: ...}"),
+    ],
+)
+def test_one_value_is_not_taken_for_several(item, rule):
+    with pytest.raises(ConfigError, match=rule):
+        load_config(Kinds, None, [item])
+
+
+def test_values_of_the_right_kind_pass():
+    config = load_config(Kinds, None, ["places=[a]", "maybe=null", "factors={a: 1}", "either=[x]"])
+    assert (config.places, config.maybe, config.factors, config.either) == (["a"], None, {"a": 1.0}, ["x"])
+
+
+def test_words_that_are_not_alike_are_not_suggested():
+    with pytest.raises(ConfigError) as caught:
+        load_config(Kinds, None, ["xyz=1"])
+    assert "did you mean" not in str(caught.value)

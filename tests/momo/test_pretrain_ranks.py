@@ -232,6 +232,20 @@ def start_nodes(folder: Path, config: PretrainConfig, **popen: object) -> list[s
     return nodes
 
 
+def test_a_run_is_written_by_one_process_at_a_time(tmp_path, corpus):
+    config = make_config(tmp_path / "run", corpus, *LONG, "train.samples=96000", "validation.every=48000", "ranks=2")
+    first = start_job(tmp_path, config)
+    wait_until(lambda: step_of(tmp_path / "run") > 0, first)
+    second = start_job(tmp_path, config, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    _, err = second.communicate(timeout=200)
+    assert second.returncode == 2 and first.poll() is None
+    assert "momo: error: the run is being written by another process: " in err and "Traceback" not in err
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(200) == 0
+    steps = [record["samples"] for record in read_metrics(tmp_path / "run") if record["event"] == "train"]
+    assert steps == sorted(set(steps))
+
+
 def test_two_launchers_as_two_nodes(tmp_path, corpus, straight):
     nodes = start_nodes(tmp_path, make_config(tmp_path / "run", corpus, *LONG))
     assert [node.wait(500) for node in nodes] == [0, 0]

@@ -87,3 +87,10 @@ def test_unreadable_cards(copy):
     card.write_text("{")
     with pytest.raises(CheckpointError, match="the card is not JSON"):
         load_card(copy)
+
+
+def test_a_card_that_is_no_object(tmp_path):
+    folder = write_weights(tmp_path / "w")
+    (folder / "card.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="the card cannot be read: .*card.json. Rule: it is one JSON object"):
+        load_card(folder)
