@@ -137,6 +137,8 @@ def _facts(
 
 
 def _run_here(config: PretrainConfig) -> bool:
+    with _owning(Path(config.out)):
+        pass  # rank 0 takes the lock; that it cannot be had is better known before all ranks start
     received = run_ranks(_rank_main, config.world, to_dict(config))
     complete = _complete(config)
     if not complete and signal.SIGINT in received:

@@ -235,7 +235,7 @@ def start_nodes(folder: Path, config: PretrainConfig, **popen: object) -> list[s
 def test_a_run_is_written_by_one_process_at_a_time(tmp_path, corpus):
     config = make_config(tmp_path / "run", corpus, *LONG, "train.samples=96000", "validation.every=48000", "ranks=2")
     first = start_job(tmp_path, config)
-    wait_until(lambda: step_of(tmp_path / "run") > 0, first)
+    wait_until(lambda: (tmp_path / "run/metrics.jsonl").is_file(), first)
     second = start_job(tmp_path, config, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     _, err = second.communicate(timeout=200)
     assert second.returncode == 2 and first.poll() is None
