@@ -179,6 +179,8 @@ def _check_keys(schema: type, values: dict[str, Any], prefix: str, source: str) 
 
 def _check_kind(annotation: Any, value: Any, key: str, source: str) -> None:
     """Refuses a single value where a list or a mapping is wanted, and one of these for the other."""
+    if value is None or (isinstance(value, str) and value.startswith(("${", "???"))):
+        return  # OmegaConf's references and missing values
     choices = [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         choices = [inner for inner in typing.get_args(annotation) if inner is not types.NoneType]
@@ -188,7 +190,7 @@ def _check_kind(annotation: Any, value: Any, key: str, source: str) -> None:
         (list, "a list, in brackets", f"[{shown}]"),
         (dict, "a mapping, in braces", f"{{name: {shown}}}"),
     ):
-        if kinds == {kind} and value is not None and not isinstance(value, kind):
+        if kinds == {kind} and not isinstance(value, kind):
             raise ConfigError(
                 "a configuration value does not fit",
                 seen=f"{key}: {value} in {source}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -100,6 +99,8 @@ def locked(path: Path, *, what: str, wait_s: float) -> Iterator[None]:
 
 
 def _lock(stream: IO[str]) -> bool:
+    import fcntl  # not on Windows, where weights can be read
+
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
